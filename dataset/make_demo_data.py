@@ -1,0 +1,389 @@
+"""Writes the demo data: a small closed world in English and Chinese, as JSON Lines in the format of every stage.
+
+The world (demo_world.py) holds facts, opposites, numbers, a calendar, translations, people and little stories.
+demo_kinds.py combines them and keeps some COMBINATIONS back: a pair of numbers that is never added in any phrasing, a
+fact that is asked in a phrasing it was never met in, a person who never owned this thing. The test questions ask for
+exactly those, so a model answers them by what it learned of the parts, not from memory. Pure Python, no download, the
+same bytes for the same seed.
+
+    python dataset/make_demo_data.py                        # writes dataset/demo/demo_*.jsonl
+    python dataset/make_demo_data.py --out_dir /tmp/demo --seed 1
+
+Scoring, one rule: `is_right(reply, record)` is true when reply and answer are equal after `normalise` (NFKC, lower
+case, blanks and punctuation at both ends removed). A reply with an <answer> block is judged by that block.
+
+中文：生成双语（中英）小世界的演示数据；测试题只问训练中没有出现过的组合，每题只有一个可核对的答案。
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset import demo_world as world
+from dataset.demo_kinds import GAP, KINDS, LANGS, DemoWorld, Item, fill, identity, listing
+
+DEMO_DIR = ROOT / "dataset" / "demo"
+MANIFEST = "demo_manifest.json"
+SOURCES = ("make_demo_data.py", "demo_kinds.py", "demo_world.py")
+ENDS = " \t\r\n.,!?;:。！？；：，、\"'“”‘’()《》`*"  # what normalise removes at both ends: no minus sign
+
+# How many of each kind, per language. Sentences of the pretraining text, questions of the SFT conversations: numbers
+# and people have far more combinations than facts, and a small model needs many of them to see the rule.
+PRETRAIN_SENTENCES = {
+    "facts": 1600, "opposites": 800, "calendar": 700, "identity": 150, "words": 700, "phrases": 1100, "addition": 3500,
+    "subtraction": 2500, "comparison": 3000, "sorting": 2500, "counting": 2000, "memory": 1300, "story": 1300,
+}
+SFT_ITEMS = {
+    "facts": 1000, "opposites": 600, "calendar": 350, "identity": 300, "words": 700, "phrases": 900, "addition": 2400,
+    "subtraction": 1800, "comparison": 1800, "sorting": 2000, "counting": 1400, "memory": 1000, "story": 1300,
+}
+Record = dict[str, object]
+
+
+def normalise(text: str) -> str:
+    """NFKC, lower case, without blanks and punctuation at both ends."""
+    return unicodedata.normalize("NFKC", text).lower().strip(ENDS)
+
+
+def is_right(reply: str, record: dict) -> bool:
+    """Whether a reply is the answer of a test record (the rule is in this file's docstring)."""
+    block = re.search(r"<answer>(.*?)</answer>", reply, re.DOTALL)
+    return normalise(block.group(1) if block else reply) == normalise(record["answer"])
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def small_talk(demo: DemoWorld, lang: str) -> list[Item]:
+    """Greetings and stories on request: they make a chat pleasant and are not scored."""
+    rng = demo.rng("talk", lang)
+    items = [Item("talk", lang, (said,), reply) for said, reply in world.SMALL_TALK[lang] for _ in range(8)]
+    for _ in range(150):
+        told = demo.story(rng, lang)
+        items.append(Item("talk", lang, (rng.choice(world.STORY_REQUESTS[lang]).format(**told.slots),), told.text))
+    return items
+
+
+def casually(rng: random.Random, text: str) -> str:
+    """Now and then the question as people type it: without the capital, without the mark at its end."""
+    if rng.random() < 0.12:
+        text = text[:1].lower() + text[1:]
+    return text.rstrip(".?。？") if rng.random() < 0.12 else text
+
+
+def pretrain(demo: DemoWorld) -> list[Record]:
+    """Documents of a few sentences on one topic; a text about people stands alone."""
+    records: list[Record] = []
+    for lang in LANGS:
+        rng = demo.rng("pretrain", lang)
+        for kind, count in PRETRAIN_SENTENCES.items():
+            sentences = demo.prose(kind, lang, count)
+            while sentences:
+                size = 1 if kind in ("memory", "story") else rng.randint(1, 3 if kind == "counting" else 5)
+                records.append({"text": GAP[lang].join(sentences[:size])})
+                del sentences[:size]
+        for names in (world.DAYS[lang], world.MONTHS[lang], [str(n) for n in range(1, 41)]):
+            records += [{"text": listing(lang, names)}] * 20
+    demo.rng("pretrain").shuffle(records)
+    return records
+
+
+def sft(demo: DemoWorld) -> list[Record]:
+    """Conversations: most with one question, some with two or three on different things."""
+    records: list[Record] = []
+    for lang in LANGS:
+        rng = demo.rng("sft", lang)
+        items = [item for kind, count in SFT_ITEMS.items() for item in demo.training(kind, lang, count, "sft")]
+        items += small_talk(demo, lang)
+        rng.shuffle(items)
+        alone = [item for item in items if item.kind in ("memory", "story", "talk")]
+        others = [item for item in items if item.kind not in ("memory", "story", "talk")]
+        records += [{"conversations": turns(*item.turns, item.answer)} for item in alone]
+        while others:
+            size = rng.choice((1, 1, 1, 1, 2, 3))
+            texts = [text for item in others[:size] for text in (casually(rng, item.turns[0]), item.answer)]
+            records.append({"conversations": turns(*texts)})
+            del others[:size]
+    demo.rng("sft").shuffle(records)
+    return records
+
+
+def test_records(items: Iterable[Item]) -> list[Record]:
+    return [
+        {"kind": item.kind, "lang": item.lang, "conversations": turns(*item.turns), "answer": item.answer}
+        for item in items
+    ]
+
+
+def test(demo: DemoWorld) -> list[Record]:
+    return test_records([item for kind in KINDS for lang in LANGS for item in demo.tests[kind, lang]])
+
+
+# --- LoRA: another name, and a tea house with its prices ---
+
+
+def lora_items(demo: DemoWorld, lang: str) -> tuple[list[Item], list[Item]]:
+    """(training, test): in the test a known thing in a phrasing it was never asked in."""
+    menu, price = world.LORA_MENU, world.LORA_PRICE[lang]
+    asked = list(identity(lang, world.LORA_IDENTITY[lang])) + [
+        (x, Item("menu", lang, (fill(question, x=x),), price.format(y=y)))
+        for x, y in menu.rows[lang] for question in menu.questions[lang]
+    ]
+    rng = demo.rng("lora", lang)
+    rng.shuffle(asked)
+    first: dict[str, Item] = {}
+    for subject, item in asked:
+        first.setdefault(subject, item)
+    tested = {item.turns for item in first.values()}
+    return [item for _, item in asked if item.turns not in tested], list(first.values())
+
+
+def lora(demo: DemoWorld) -> list[Record]:
+    items = [item for lang in LANGS for item in lora_items(demo, lang)[0]] * 3
+    demo.rng("lora").shuffle(items)
+    return [{"conversations": turns(*item.turns, item.answer)} for item in items]
+
+
+def lora_test(demo: DemoWorld) -> list[Record]:
+    return test_records([item for lang in LANGS for item in lora_items(demo, lang)[1]])
+
+
+# --- DPO: the right short answer against a wrong, a long-winded and a rude one, and one in the other language ---
+
+
+def dpo(demo: DemoWorld) -> list[Record]:
+    records: list[Record] = []
+    for lang, other in (LANGS, LANGS[::-1]):
+        rng = demo.rng("dpo", lang)
+        counts = {"facts": 250, "opposites": 150, "calendar": 100, "addition": 250}
+        items = [item for kind, count in counts.items() for item in demo.training(kind, lang, count, "dpo")]
+        for item in items:
+            wrong = rng.choice([i.answer for i in items if i.kind == item.kind and i.answer != item.answer])
+            winded = GAP[lang].join([item.answer] * 6)
+            rejected = rng.choice((wrong, wrong, winded, world.DPO_RUDE[lang], world.DPO_RUDE[other]))
+            records.append({"chosen": turns(*item.turns, item.answer), "rejected": turns(*item.turns, rejected)})
+    demo.rng("dpo").shuffle(records)
+    return records
+
+
+# --- Reasoning and RL: two steps of arithmetic, and sorting four numbers step by step ---
+
+
+def reasoned(rng: random.Random, lang: str, numbers: tuple[int, ...]) -> tuple[str, str, str]:
+    """(question, thought, answer) for a + b - c (three numbers) or for the sorting of four."""
+    if len(numbers) == 3:
+        a, b, c = numbers
+        values = {"a": a, "b": b, "c": c, "d": a + b, "e": a + b - c, "n": rng.choice(world.NAMES[lang]),
+                  "t": rng.choice(world.COUNTED["plural" if lang == "en" else lang])}
+        question, thought = rng.choice(world.CHAINS[lang]), world.CHAIN_THOUGHT[lang]
+        return fill(question, **values), thought.format(**values), str(a + b - c)
+    rest = rng.sample(numbers, len(numbers))
+    question = fill(rng.choice(world.SORTING["up"][lang]), n=listing(lang, rest))
+    steps = []
+    while len(rest) > 1:
+        steps.append(world.SELECTION_THOUGHT[lang].format(n=listing(lang, rest), s=min(rest)))
+        rest = [number for number in rest if number != min(rest)]
+    return question, GAP[lang].join(steps), listing(lang, sorted(numbers))
+
+
+def reasoning_numbers(demo: DemoWorld) -> dict[str, list[tuple[int, ...]]]:
+    """The numbers of each reasoning file: no two files share a problem, no step is one that the test holds back."""
+    rng = demo.rng("reasoning")
+    sums, differences = demo.held["addition"], demo.held["subtraction"]
+    span = range(1, 21)
+    chains = [(a, b, c) for a in span for b in span for c in span
+              if c <= a + b <= 20 and (a, b) not in sums and not {(a + b, c), (b, c)} & differences]
+    rng.shuffle(chains)
+    fours = itertools.combinations(range(1, 51), 4)
+    free = [four for four in fours if not set(itertools.combinations(four, 3)) & demo.held["sorting"]]
+    sorts = rng.sample(free, 1000)
+    return {
+        "reason_test": chains[:24] + sorts[:24],
+        "rl": chains[24:324] + sorts[24:324],
+        "reason": chains[324:1124] + sorts[324:],
+    }
+
+
+def reasoning_records(demo: DemoWorld, stage: str) -> Iterator[tuple[str, str, str, str]]:
+    """(lang, question, thought, answer)"""
+    numbers = reasoning_numbers(demo)[stage]
+    for lang in LANGS:
+        rng = demo.rng(stage, lang)
+        yield from ((lang, *reasoned(rng, lang, values)) for values in rng.sample(numbers, len(numbers)))
+
+
+def reason(demo: DemoWorld) -> list[Record]:
+    records = [
+        {"conversations": turns(question, f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>")}
+        for _, question, thought, answer in reasoning_records(demo, "reason")
+    ]
+    demo.rng("reason").shuffle(records)
+    return records
+
+
+def reason_test(demo: DemoWorld) -> list[Record]:
+    problems = reasoning_records(demo, "reason_test")
+    return test_records(Item("reason", lang, (question,), answer) for lang, question, _, answer in problems)
+
+
+def rl(demo: DemoWorld) -> list[Record]:
+    problems = reasoning_records(demo, "rl")
+    records = [{"conversations": turns(question, ""), "answer": answer} for _, question, _, answer in problems]
+    demo.rng("rl").shuffle(records)
+    return records
+
+
+# --- Multiple choice and tool calls ---
+
+
+def choice(demo: DemoWorld) -> list[Record]:
+    """Facts of the world with three wrong values of the same relation."""
+    records: list[Record] = []
+    for lang in LANGS:
+        rng = demo.rng("choice", lang)
+        for subject, relation in world.FACTS.items():
+            values = sorted({y for _, y in relation.rows[lang]})
+            for x, y in relation.rows[lang]:
+                options = rng.sample([y, *rng.sample([value for value in values if value != y], 3)], 4)
+                question = rng.choice([q for q in relation.questions[lang] if (fill(q, x=x),) not in demo.asked])
+                records.append({
+                    "subject": f"{subject} ({lang})", "question": fill(question, x=x),
+                    **dict(zip("ABCD", options, strict=True)), "answer": "ABCD"[options.index(y)],
+                })
+    return records
+
+
+def tool_signatures(lang: str) -> str:
+    signatures = []
+    for name, described in world.TOOLS.items():
+        about, argument, meaning = described[lang]
+        properties = {argument: {"type": "string", "description": meaning}}
+        parameters = {"type": "object", "properties": properties, "required": [argument]}
+        function = {"name": name, "description": about, "parameters": parameters}
+        signatures.append({"type": "function", "function": function})
+    return json.dumps(signatures, ensure_ascii=False)
+
+
+def toolcall(demo: DemoWorld) -> list[Record]:
+    """Weather and big sums by a tool; small facts in between that need none."""
+    records: list[Record] = []
+    for lang in LANGS:
+        rng = demo.rng("toolcall", lang)
+        system = {"role": "system", "content": "", "tools": tool_signatures(lang)}
+        for item in demo.training("facts", lang, 100, "toolcall"):
+            records.append({"conversations": [system, *turns(*item.turns, item.answer)]})
+        for name in ("get_weather", "calculate") * 200:
+            a, b = rng.randint(100, 999), rng.randint(100, 999)
+            city, weather, degrees = rng.choice(world.CITIES[lang]), rng.choice(world.WEATHER[lang]), rng.randint(0, 35)
+            values = {"c": city, "w": weather, "d": degrees, "a": a, "b": b, "s": a + b}
+            if name == "get_weather":
+                arguments, result = {"city": city}, {"weather": weather, "degrees": degrees}
+            else:
+                arguments, result = {"expression": f"{a} + {b}"}, {"result": a + b}
+            call = json.dumps([{"name": name, "arguments": arguments}], ensure_ascii=False)
+            records.append({"conversations": [
+                system,
+                {"role": "user", "content": rng.choice(world.TOOL_QUESTIONS[name][lang]).format(**values)},
+                {"role": "assistant", "content": "", "tool_calls": call},
+                {"role": "tool", "content": json.dumps(result, ensure_ascii=False)},
+                {"role": "assistant", "content": world.TOOL_ANSWERS[name][lang].format(**values)},
+            ]})
+    demo.rng("toolcall").shuffle(records)
+    return records
+
+
+STAGES: dict[str, Callable[[DemoWorld], list[Record]]] = {
+    "pretrain": pretrain, "sft": sft, "test": test, "lora": lora, "lora_test": lora_test, "dpo": dpo, "reason": reason,
+    "reason_test": reason_test, "rl": rl, "choice": choice, "toolcall": toolcall,
+}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def version() -> str:
+    """Names the generator's sources: any change to them makes the files be written again."""
+    sources = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SOURCES)
+    return hashlib.sha256("\0".join(sources).encode("utf-8")).hexdigest()[:16]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+    os.replace(part, path)
+
+
+def up_to_date(out_dir: Path, seed: int) -> bool:
+    """Whether the folder's manifest and files are what this generator and seed would write."""
+    try:
+        manifest = json.loads((out_dir / MANIFEST).read_text(encoding="utf-8"))
+        return (manifest["version"], manifest["seed"]) == (version(), seed) and manifest["sha256"] == {
+            stage: digest(out_dir / f"demo_{stage}.jsonl") for stage in STAGES
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # no manifest, a damaged one or a missing file: write everything again
+
+
+def generate(out_dir: Path = DEMO_DIR, seed: int = 0) -> dict[str, Path]:
+    """Writes the demo files of every stage, unless the same ones are there already.
+
+    Returns:
+        stage -> file, for instance `{"pretrain": dataset/demo/demo_pretrain.jsonl, ...}`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    out_dir = Path(out_dir)
+    paths = {stage: out_dir / f"demo_{stage}.jsonl" for stage in STAGES}
+    if up_to_date(out_dir, seed):
+        return paths
+    demo = DemoWorld(seed)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for stage, make in STAGES.items():
+            lines = (json.dumps(record, ensure_ascii=False) for record in make(demo))
+            write_atomically(paths[stage], "".join(line + "\n" for line in lines))
+        sums = {stage: digest(path) for stage, path in paths.items()}
+        manifest = {"version": version(), "seed": seed, "sha256": sums}
+        write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "Give a folder you can write to with --out_dir."
+        raise OSError(f"Cannot write the demo data to {out_dir}: {reason}. {advice}") from error
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the bilingual demo data, one JSON Lines file per stage.")
+    parser.add_argument("--out_dir", type=Path, default=DEMO_DIR, help="folder for the files (default: dataset/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws another world split (default: 0)")
+    args = parser.parse_args()
+    try:
+        paths = generate(args.out_dir, args.seed)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for path in paths.values():
+        with open(path, encoding="utf-8") as file:
+            print(f"{sum(1 for _ in file):6d} records {path.stat().st_size / 1e6:6.2f} MB  {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,731 @@
+"""Tokenise a JSON Lines file once and read it back through memory maps.
+
+    file.jsonl ── one pass: content hash, line-aligned shards
+               ── datasets.Dataset.from_generator: parse, check, tokenise (several processes for a large file)
+               ── <cache_dir>/<key>/   tokens.bin   every record's ids, one after the other (uint16 or uint32)
+                                       trained.bin  uint8 per token, 1 = the loss counts it (conversations only)
+                                       offsets.npy  int64, N + 1: record i is tokens[offsets[i]:offsets[i + 1]]
+                                       hashes.npy   uint64 per record, a hash of its tokens
+                                       first_trained.npy  int32 per record (conversations only)
+                                       meta.json    settings, counts, the size and sha256 of every file above
+
+The key is a hash of the file's content, of the tokenizer and of the record format: a changed file, tokenizer or chat template
+never meets an old cache. A cache is written into `<key>.building-*` and renamed when whole, under a lock that the operating
+system frees when its process dies: an interrupted run leaves nothing that is taken for a cache, and the next run removes what
+it left. Processes that want the same cache at the same time (ranks) wait for the first one and read its result.
+
+中文：先把 JSONL 一次性分词并写成内存映射的缓存；缓存以“内容 + 分词器 + 格式”的哈希命名，写完整后才改名，所以中断不会留下坏缓存。
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import gc
+import hashlib
+import json
+import logging
+import mmap
+import os
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_CACHE_DIR = ROOT / "dataset" / ".cache"
+FORMAT_VERSION = 1  # raise it when the same input would give other files
+BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough to keep its threads busy, little memory
+PROCESS_BYTES = 8 << 20  # a further process has to have this much text to be worth starting
+BAD_KEPT = 20  # how many bad records are remembered word for word
+
+log = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """The data file is not what the stage reads. The message names file, line, what came and what was expected."""
+
+
+class CacheError(OSError):
+    """The token cache cannot be written or read. The message says what to type."""
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How one stage reads a record. The functions live at module level, so that a spawned process can import them.
+
+    prepare(record, tokenizer) -> item       checks one parsed record; raises ValueError(reason) when it is bad
+    encode(items, tokenizer)   -> (ids, trained)   lists of int arrays and of bool arrays; trained is None for plain text
+    """
+
+    name: str
+    prepare: Callable[[dict, Any], Any]
+    encode: Callable[[list, Any], tuple[list[np.ndarray], list[np.ndarray] | None]]
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A range of whole lines: bytes [start, end), the first one being line `first_line` (counted from 1)."""
+
+    index: int
+    start: int
+    end: int
+    first_line: int
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------------
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """The path of a readable, non-empty file that is not obviously something else than JSON Lines.
+
+    Raises:
+        DataError: missing, a folder, empty, a JSON array, UTF-16, compressed.
+    """
+    path = Path(path)
+    if not path.exists():
+        folder = path.parent if path.parent.is_dir() else ROOT / "dataset"
+        there = sorted(p.name for p in folder.glob("*.jsonl"))
+        lies = (
+            f"{folder} holds {', '.join(there[:8])}{' …' if len(there) > 8 else ''}"
+            if there
+            else f"{folder} holds none"
+        )
+        raise DataError(
+            f"{path}: there is no such file; expected a JSON Lines file ({lies}). "
+            "`python dataset/make_demo_data.py` writes demo data into dataset/demo/"
+        )
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; expected a JSON Lines file, for example {path / 'data.jsonl'}")
+    try:
+        with open(path, "rb") as f:
+            head = f.read(1 << 16)
+            while head and not head.removeprefix(codecs.BOM_UTF8).strip():
+                head = f.read(1 << 16)
+    except PermissionError as e:
+        raise DataError(f"{path} cannot be read (no permission); expected a readable JSON Lines file") from e
+    if not head:
+        raise DataError(f'{path} is empty; expected one JSON record per line, for example {{"text": "…"}}')
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is UTF-16; expected UTF-8: save it again with the encoding UTF-8")
+    if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")):
+        raise DataError(f"{path} is a compressed file; expected JSON Lines text: unpack it first")
+    if head.startswith(b"PAR1"):
+        raise DataError(
+            f"{path} is a Parquet file; expected JSON Lines: `Dataset.from_parquet(…).to_json(…)` of datasets converts"
+        )
+    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        out = path.with_suffix(".jsonl") if path.suffix != ".jsonl" else path.with_name(path.stem + "_lines.jsonl")
+        raise DataError(
+            f'{path} holds one JSON array; expected one record per line. To convert it: python -c "import json; '
+            f"open('{out.as_posix()}', 'w').writelines(json.dumps(r) + '\\n' for r in "
+            f"json.load(open('{path.as_posix()}', encoding='utf-8-sig')))\""
+        )
+    return path
+
+
+def scan_jsonl(path: Path, n_shards: int) -> tuple[str, list[Shard]]:
+    """One pass over the raw bytes: (sha256 of the content, at most `n_shards` shards of whole lines that cover the file)."""
+    digest, shards = hashlib.sha256(), []
+    size = path.stat().st_size
+    want = -(-size // max(1, n_shards))
+    start, first_line, at, newlines = 0, 1, 0, 0  # newlines: seen since the start of the shard
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+            cut = block.rfind(b"\n") + 1
+            if cut and at + cut - start >= want:
+                lines = newlines + block.count(b"\n", 0, cut)
+                shards.append(Shard(len(shards), start, at + cut, first_line))
+                start, first_line, newlines = at + cut, first_line + lines, 0
+            else:
+                newlines += block.count(b"\n")
+            at += len(block)
+    if at > start:
+        shards.append(Shard(len(shards), start, at, first_line))
+    return digest.hexdigest(), shards
+
+
+def read_lines(path: Path, shard: Shard | None = None) -> Iterator[tuple[int, bytes]]:
+    """(line number, raw bytes) of every line that is not blank. Lines end at b"\\n" alone: U+2028 inside a text is text."""
+    start, end, number = (shard.start, shard.end, shard.first_line) if shard else (0, None, 1)
+    with open(path, "rb") as f:
+        f.seek(start)
+        at = start
+        while (end is None or at < end) and (raw := f.readline()):
+            if at == 0:
+                at, raw = len(raw), raw.removeprefix(codecs.BOM_UTF8)
+            else:
+                at += len(raw)
+            raw = raw.strip()
+            if raw:
+                yield number, raw
+            number += 1
+
+
+def parse_line(raw: bytes) -> dict:
+    """The record on one line.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, not an object, half a surrogate pair. The message is the reason alone.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"not UTF-8 (byte {raw[e.start]:#04x} at position {e.start}); expected UTF-8: save the file again with that encoding"
+        ) from None
+    try:
+        record = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply; expected a flat record") from None
+    except ValueError as e:  # JSONDecodeError, or a number with thousands of digits
+        raise ValueError(f"not JSON ({e}); it starts with {_short(text)}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f'a JSON {_kind(record)}, {_short(text)}; expected an object like {{"text": "…"}}')
+    if b"\\ud" in raw or b"\\uD" in raw:  # only an escape can smuggle one in
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as e:
+            half = e.object[e.start]
+            raise ValueError(
+                f"half of a surrogate pair (\\u{ord(half):04x}), which is no character; remove it"
+            ) from None
+    return record
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _short(text: str, n: int = 60) -> str:
+    return json.dumps(text if len(text) <= n else text[:n] + "…", ensure_ascii=False)
+
+
+# ---- the cache folder --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def user_errors(cache_dir: Path) -> Iterator[None]:
+    """Turns a full disk and a missing permission, however deeply wrapped, into one clear line."""
+    try:
+        yield
+    except (DataError, CacheError):
+        raise
+    except Exception as e:
+        chain: list[BaseException] = []
+        cause: BaseException | None = e
+        while cause is not None and cause not in chain:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        codes = {getattr(c, "errno", None) for c in chain}
+        if {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)} & codes or any(
+            "No space left" in str(c) for c in chain
+        ):
+            free = shutil.disk_usage(_existing(cache_dir)).free / 1e9
+            raise CacheError(
+                f"the disk is full ({free:.2f} GB free) while writing the token cache in {cache_dir}; it takes about as many bytes "
+                "as the data file: free some, or name another disk with --cache_dir FOLDER"
+            ) from e
+        if {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST} & codes:
+            raise CacheError(
+                f"the token cache folder {cache_dir} cannot be written ({e}); name a folder you may write to with --cache_dir FOLDER"
+            ) from e
+        raise
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def build_folder(final: Path, cache_dir: Path, waiting_for: str) -> Iterator[Path | None]:
+    """Yields an empty folder to fill; renames it to `final` when the block ends without an exception.
+
+    Yields None when another process finished `final` while this one waited for the lock. Whatever dead runs left in the same
+    cache folder is removed first.
+    """
+    from filelock import FileLock, Timeout
+
+    final.parent.mkdir(parents=True, exist_ok=True)
+    locks = cache_dir / "locks"
+    locks.mkdir(exist_ok=True)
+    lock = FileLock(locks / f"{final.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process that is %s", waiting_for)
+        lock.acquire()
+    try:
+        if (final / "meta.json").exists() and _damage(final) is None:
+            yield None
+            return
+        for left in final.parent.glob("*.building-*"):
+            name = left.name.split(".building-")[0]
+            owner = lock if name == final.name else FileLock(locks / f"{name}.lock")
+            try:
+                with owner.acquire(timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+            except Timeout:
+                continue  # its process is alive
+        tmp = final.with_name(f"{final.name}.building-{secrets.token_hex(4)}")
+        tmp.mkdir()
+        try:
+            yield tmp
+            for file in tmp.iterdir():
+                _fsync(file)
+            _fsync(tmp)
+            if final.exists():  # damaged: out of the way, then away
+                os.replace(final, final.with_name(f"{final.name}.building-{secrets.token_hex(4)}"))
+            os.replace(tmp, final)
+            _fsync(final.parent)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def _fsync(path: Path) -> None:
+    """Makes a file, or on POSIX the entries of a folder, survive a power cut."""
+    if path.is_dir():
+        if os.name == "nt":
+            return
+        fd = os.open(path, os.O_RDONLY)
+    else:
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_meta(folder: Path, meta: dict) -> None:
+    """meta.json, written last: the given facts and the size and sha256 of every file in the folder."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()}
+    with open(folder / "meta.json", "w", encoding="utf-8", newline="\n") as f:
+        json.dump(meta | {"files": files}, f, ensure_ascii=False, indent=1)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_checked: set[tuple] = set()  # folders whose sums were compared in this process: train and val part share one
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a cache folder, None when it is whole."""
+    try:
+        files = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
+        seen = (str(folder), *sorted((n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in files))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"{type(e).__name__}: {e}"
+    if seen in _checked:
+        return None
+    for name, want in files.items():
+        size = (folder / name).stat().st_size
+        if size != want["bytes"]:
+            return f"{name} has {size} bytes, {want['bytes']} were written"
+        if _sha256(folder / name) != want["sha256"]:
+            return f"{name} differs from what was written"
+    _checked.add(seen)
+    return None
+
+
+def read_meta(folder: Path) -> dict | None:
+    """meta.json of a whole cache folder; None when there is none or it is damaged (which is said)."""
+    if not folder.is_dir():
+        return None
+    damage = _damage(folder)
+    if damage:
+        log.warning("the cache %s is damaged (%s): building it again", folder, damage)
+        return None
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+class MappedArray:
+    """A read-only array in a file, mapped on first use. Pickles as its path, so that a data-loading process opens its own map."""
+
+    def __init__(self, path: Path, dtype: str | None = None):
+        self.path, self.dtype = path, dtype
+        self._array: np.ndarray | None = None
+        self._map: mmap.mmap | None = None
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "dtype": self.dtype, "_array": None, "_map": None}
+
+    @property
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            if self.dtype is None:
+                mapped = np.load(self.path, mmap_mode="r")
+            elif self.path.stat().st_size:
+                mapped = np.memmap(self.path, dtype=self.dtype, mode="r")
+            else:
+                mapped = np.zeros(0, self.dtype)  # an empty file cannot be mapped
+            self._map = getattr(mapped, "_mmap", None)
+            self._array = mapped.view(np.ndarray)  # slicing a memmap object itself costs microseconds more
+        return self._array
+
+    def release(self) -> None:
+        """Hands the pages read so far back to the system (they stay in its file cache): resident memory stays flat."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+# ---- tokenising --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_backend(tokenizer: Any, controls_as_text: bool = False) -> Iterator[Any]:
+    """The fast tokenizer's core, for the time being without the truncation or padding an earlier call may have left on.
+
+    controls_as_text: a control token written out in a text is encoded as the text it is, not as its id. The tokenizer's own core is
+    used and put back as it was (a copy would start with a cold word cache: half the speed).
+    """
+    backend = tokenizer.backend_tokenizer
+    truncation, padding, as_text = backend.truncation, backend.padding, backend.encode_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = controls_as_text
+    try:
+        yield backend
+    finally:
+        backend.encode_special_tokens = as_text
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def cache_key(content_hash: str, tokenizer: Any, fmt: RecordFormat) -> str:
+    """Name of the cache folder: changes with the data, the tokenizer, its chat template and the format."""
+    with plain_backend(tokenizer) as backend:
+        parts = [FORMAT_VERSION, content_hash, backend.to_str(), fmt.name, len(tokenizer)]
+    parts += [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if fmt.masked:
+        parts.append(tokenizer.chat_template)
+    return f"{fmt.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"
+
+
+def read_batches(
+    path: Path, shard: Shard | None, fmt: RecordFormat, tokenizer: Any
+) -> Iterator[tuple[list[int], list[Any], list[tuple[int, str]], int]]:
+    """Batches of about `BATCH_BYTES`: (line numbers, prepared items, bad records as (line, reason), bytes read)."""
+    lines: list[int] = []
+    items: list[Any] = []
+    bad: list[tuple[int, str]] = []
+    n_bytes = 0
+    for number, raw in read_lines(path, shard):
+        n_bytes += len(raw) + 1
+        try:
+            items.append(fmt.prepare(parse_line(raw), tokenizer))
+            lines.append(number)
+        except ValueError as e:
+            bad.append((number, str(e)))
+        if n_bytes >= BATCH_BYTES:
+            yield lines, items, bad, n_bytes
+            lines, items, bad, n_bytes = [], [], [], 0
+    if items or bad:
+        yield lines, items, bad, n_bytes
+
+
+def token_hash(ids: np.ndarray) -> int:
+    """64 bits of the record's own tokens: equal records get the same side of the train / validation split."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+
+def generate_rows(
+    shards: Sequence[dict], path: str, fmt: RecordFormat, tokenizer: Any, dtype: str, skip_bad: bool, tmp: str
+) -> Iterator[dict]:
+    """Runs in the tokenising processes: one row per batch of records, flat arrays that Arrow takes without copying values.
+
+    A bad record is written to `error-<shard>.json` before the run is ended: an exception loses its type on the way home.
+    """
+    folder = Path(tmp)
+    done = np.memmap(folder / "progress.bin", dtype=np.int64, mode="r+")
+    for shard in (Shard(**s) for s in shards):
+        n_seen = n_bad = 0
+        for _, items, bad, n_bytes in read_batches(Path(path), shard, fmt, tokenizer):
+            n_seen, n_bad = n_seen + len(items) + len(bad), n_bad + len(bad)
+            if bad and not skip_bad:
+                error = {"line": bad[0][0], "reason": bad[0][1], "seen": n_seen, "bad": n_bad}
+                (folder / f"error-{shard.index}.json").write_text(json.dumps(error), encoding="utf-8")
+                raise DataError(bad[0][1])
+            _stop_without_parent()
+            ids, trained = fmt.encode(items, tokenizer) if items else ([], [])
+            ids = [np.ascontiguousarray(i, dtype=dtype) for i in ids]
+            row = {
+                "tokens": np.concatenate(ids) if ids else np.zeros(0, dtype),
+                "lengths": np.array([len(i) for i in ids], np.int64),
+                "hashes": np.array([token_hash(i) for i in ids], np.uint64),
+                "n_bad": len(bad),
+                "bad": [json.dumps(b) for b in bad[:BAD_KEPT]],
+            }
+            if fmt.masked:
+                row["trained"] = np.concatenate(trained).astype(np.uint8) if ids else np.zeros(0, np.uint8)
+                row["first_trained"] = np.array([int(t.argmax()) if t.any() else len(t) for t in trained], np.int32)
+            yield row
+            done[shard.index] += n_bytes
+
+
+def _stop_without_parent() -> None:
+    """Ends an orphan: after kill -9 of the main process its helpers would go on writing and keep its lock."""
+    module = sys.modules.get("multiprocess.process")
+    parent = module.parent_process() if module else None
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+
+
+def processes_for(n_bytes: int) -> int:
+    """Tokenising processes for a file of this size: 1 for a small one, where the tokenizer's own threads do as well."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(max(1, min(cores, 32, n_bytes // PROCESS_BYTES)))
+
+
+def open_cache(
+    path: str | os.PathLike,
+    tokenizer: Any,
+    fmt: RecordFormat,
+    cache_dir: str | os.PathLike | None = None,
+    skip_bad_records: bool = False,
+    show_progress: bool = True,
+) -> TokenCache:
+    """The token cache of a file, built when there is none.
+
+    Raises:
+        DataError: the file is not in the format, with file, line and reason (unless `skip_bad_records`).
+        CacheError: the cache folder cannot be written, the disk is full.
+    """
+    path = check_file(path)
+    cache_dir = Path(cache_dir) if cache_dir is not None else DEFAULT_CACHE_DIR
+    n_processes = processes_for(path.stat().st_size)
+    content_hash, shards = scan_jsonl(path, n_processes)
+    folder = cache_dir / cache_key(content_hash, tokenizer, fmt)
+    meta = read_meta(folder)
+    if meta is None:
+        with user_errors(cache_dir), build_folder(folder, cache_dir, f"tokenising {path}") as tmp:
+            if tmp is not None:
+                _tokenise(path, shards, content_hash, tokenizer, fmt, tmp, skip_bad_records, show_progress)
+        meta = read_meta(folder)
+        if meta is None:
+            raise CacheError(
+                f"the token cache {folder} cannot be read back; name another folder with --cache_dir FOLDER"
+            )
+    if meta["skipped"] and not skip_bad_records:
+        raise _bad_record_error(path, *meta["bad"][0], meta["skipped"], meta["records"] + meta["skipped"])
+    return TokenCache(folder, meta)
+
+
+def _bad_record_error(path: Path, line: int, reason: str, n_bad: int, n_seen: int) -> DataError:
+    return DataError(
+        f"{path}, line {line}: {reason} ({n_bad} bad of {n_seen} records read; `python dataset/check_data.py {path}` shows more, "
+        "--skip_bad_records leaves them out)"
+    )
+
+
+def _tokenise(
+    path: Path,
+    shards: list[Shard],
+    content_hash: str,
+    tokenizer: Any,
+    fmt: RecordFormat,
+    tmp: Path,
+    skip_bad: bool,
+    show: bool,
+) -> None:
+    """Fills `tmp` with the files of a cache."""
+    try:
+        import datasets
+    except ImportError:
+        raise CacheError(
+            "tokenising needs the package `datasets`, which is not installed; type: pip install datasets"
+        ) from None
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    columns = {"tokens": dtype, "lengths": "int64", "hashes": "uint64", "bad": "string"}
+    if fmt.masked:
+        columns |= {"trained": "uint8", "first_trained": "int32"}
+    features = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in columns.items()}
+    features = datasets.Features(features | {"n_bad": datasets.Value("int64")})
+
+    np.zeros(len(shards), np.int64).tofile(tmp / "progress.bin")
+    bars = datasets.are_progress_bars_disabled()
+    level = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        with _one_thread_each(len(shards)), _progress(tmp / "progress.bin", path, show):
+            arrow = datasets.Dataset.from_generator(
+                generate_rows,
+                features=features,
+                cache_dir=str(tmp / "arrow"),
+                gen_kwargs={
+                    "shards": [asdict(s) for s in shards],
+                    "path": str(path),
+                    "fmt": fmt,
+                    "tokenizer": tokenizer,
+                    "dtype": dtype,
+                    "skip_bad": skip_bad,
+                    "tmp": str(tmp),
+                },
+                num_proc=len(shards) if len(shards) > 1 else None,
+                fingerprint="tokens",  # hashing the arguments would take longer than a small file; the folder is ours alone
+                writer_batch_size=8,
+            )
+        files = [f["filename"] for f in arrow.cache_files]
+        del arrow  # its map would keep the file from being removed on Windows
+        gc.collect()
+    except Exception:
+        errors = [json.loads(p.read_text(encoding="utf-8")) for p in tmp.glob("error-*.json")]
+        if errors:
+            first = min(errors, key=lambda e: e["line"])
+            n_bad, n_seen = (sum(e[k] for e in errors) for k in ("bad", "seen"))
+            raise _bad_record_error(path, first["line"], first["reason"], n_bad, n_seen) from None
+        raise
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+        datasets.logging.set_verbosity(level)
+    counts = _export(files, tmp, fmt)
+    shutil.rmtree(tmp / "arrow")
+    (tmp / "progress.bin").unlink()
+    if not counts["records"]:
+        line, reason = counts["bad"][0]
+        raise _bad_record_error(
+            path, line, "no usable record in the file; the first: " + reason, counts["skipped"], counts["skipped"]
+        )
+    write_meta(
+        tmp,
+        {
+            "format_version": FORMAT_VERSION,
+            "format": fmt.name,
+            "source": path.name,
+            "content_sha256": content_hash,
+            "dtype": dtype,
+            "vocab_size": len(tokenizer),
+            **counts,
+        },
+    )
+
+
+@contextmanager
+def _one_thread_each(n_processes: int) -> Iterator[None]:
+    """With several processes each tokenizer keeps to one thread: together they fill the cores."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if n_processes > 1:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)
+
+
+def _export(files: list[str], tmp: Path, fmt: RecordFormat) -> dict:
+    """Arrow to flat files, one record batch in memory at a time (streamed: a mapped Arrow file would count as resident)."""
+    import pyarrow as pa
+
+    lengths, hashes, first, bad, n_bad = [], [], [], [], 0
+    with open(tmp / "tokens.bin", "wb") as tokens, open(tmp / "trained.bin", "wb") as trained:
+        for file in files:
+            with pa.OSFile(file, "rb") as source, pa.ipc.open_stream(source) as reader:
+                for batch in reader:
+                    column = {name: batch.column(name) for name in batch.schema.names}
+                    tokens.write(column["tokens"].flatten().to_numpy())
+                    lengths.append(column["lengths"].flatten().to_numpy().copy())
+                    hashes.append(column["hashes"].flatten().to_numpy().copy())
+                    n_bad += int(column["n_bad"].to_numpy().sum())
+                    if len(bad) < BAD_KEPT:
+                        bad += [json.loads(b) for b in column["bad"].flatten().to_pylist()]
+                    if fmt.masked:
+                        trained.write(column["trained"].flatten().to_numpy())
+                        first.append(column["first_trained"].flatten().to_numpy().copy())
+    lengths = np.concatenate(lengths)
+    np.save(tmp / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(tmp / "hashes.npy", np.concatenate(hashes))
+    if fmt.masked:
+        np.save(tmp / "first_trained.npy", np.concatenate(first))
+    else:
+        (tmp / "trained.bin").unlink()
+    return {"records": len(lengths), "tokens": int(lengths.sum()), "skipped": n_bad, "bad": bad[:BAD_KEPT]}
+
+
+@contextmanager
+def _progress(counter: Path, path: Path, show: bool) -> Iterator[None]:
+    """A bar over the bytes of the file, fed by the counter the processes write; only on a terminal.
+
+    The bar is made when the first batch is done: then all processes have been started, and none can have inherited
+    a lock of the bar in a locked state.
+    """
+    if not (show and sys.stderr.isatty()):
+        yield
+        return
+    from tqdm import tqdm
+
+    stop = threading.Event()
+
+    def follow() -> None:
+        bar = None
+        while True:
+            ended = stop.wait(0.2)
+            done = int(np.fromfile(counter, np.int64).sum()) if counter.exists() else 0
+            if bar is None and done:
+                bar = tqdm(
+                    total=path.stat().st_size, desc=f"tokenising {path.name}", unit="B", unit_scale=True, leave=False
+                )
+            if bar is not None:
+                bar.update(min(done, bar.total) - bar.n)
+            if ended:
+                if bar is not None:
+                    bar.close()
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class TokenCache:
+    """The tokens of one file. Record i: `tokens[offsets[i]:offsets[i + 1]]`, and the same slice of `trained`."""
+
+    def __init__(self, folder: Path, meta: dict):
+        self.folder, self.meta = folder, meta
+        self.tokens = MappedArray(folder / "tokens.bin", meta["dtype"])
+        masked = (folder / "trained.bin").exists()
+        self.trained = MappedArray(folder / "trained.bin", "uint8") if masked else None
+        self.first_trained = MappedArray(folder / "first_trained.npy") if masked else None
+        self.offsets = MappedArray(folder / "offsets.npy")
+        self.hashes = MappedArray(folder / "hashes.npy")
+
+    def __len__(self) -> int:
+        return self.meta["records"]

@@ -1,0 +1,201 @@
+"""Weights on disk: `out/{stage}_{hidden_size}[_moe].pth`, and beside each a small JSON file with its configuration.
+
+The `.pth` is a plain half-precision state dict (`torch.load(weights_only=True)` reads it anywhere). Published weights
+that come without the JSON load too: their configuration is read off the tensor shapes.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+# In the order of the pipeline; the newest file decides, the later stage where two are equally new.
+STAGES = ("pretrain", "full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo_actor")
+
+
+class WeightsError(ValueError):
+    """A weight file is missing, unreadable or of another shape. The message is a full sentence for the user."""
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """A file that appears under its name whole or not at all: written beside it, flushed to disk, then renamed.
+
+    On any error (disk full, interrupt) the part is removed and what stood under the name before stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def weight_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path:
+    """`out_dir/stage_512.pth`, or `out_dir/stage_640_moe.pth` for a mixture of experts."""
+    return Path(out_dir) / f"{stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
+
+
+def save_weights(model: PreTrainedModel, path: str | Path, extra: dict | None = None) -> None:
+    """Writes the half-precision state dict and `path.json` with the configuration and `extra`, each atomically.
+
+    Raises: OSError when the disk is full or the folder cannot be written; older files stay untouched.
+    """
+    path = Path(path)
+    halves: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor, so the file holds them once
+    state = {
+        name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16).contiguous())
+        for name, tensor in model.state_dict().items()
+    }
+    with atomic_open(path.with_suffix(".json"), "w") as f:
+        json.dump({"config": model.config.to_diff_dict(), **(extra or {})}, f, ensure_ascii=False, indent=2)
+    with atomic_open(path) as f:
+        torch.save(state, f)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.pth` file. Nothing in the file is executed.
+
+    Raises: WeightsError when the file is missing, cut off, or holds something else than named tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist. Train it first, or name another file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} is not a readable weight file ({reason}). Copy or train it again.") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise WeightsError(f"{path} holds no plain state dict; expected names and tensors as written by the trainers.")
+    return state
+
+
+def read_config(path: Path, state: dict[str, torch.Tensor]) -> MiniMindConfig:
+    """The configuration from the JSON beside the weights, else from the tensor shapes (8 query heads assumed)."""
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file():
+        try:
+            return MiniMindConfig(**json.loads(sidecar.read_text(encoding="utf-8"))["config"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"{sidecar} is damaged ({error}). Delete it to read the sizes off the weights instead."
+            ) from error
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        heads = MiniMindConfig().num_attention_heads
+        layers = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
+        router = state.get("model.layers.0.mlp.gate.weight")
+        prefix = "model.layers.0.mlp." + ("experts.0." if router is not None else "")
+        moe = {}
+        if router is not None:
+            shared = {name.split(".")[5] for name in state if name.startswith("model.layers.0.mlp.shared_experts.")}
+            moe = {"use_moe": True, "n_routed_experts": len(router), "n_shared_experts": len(shared)}
+        return MiniMindConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=len(layers),
+            num_attention_heads=heads,
+            num_key_value_heads=state["model.layers.0.self_attn.k_proj.weight"].shape[0] // (hidden_size // heads),
+            intermediate_size=state[prefix + "gate_proj.weight"].shape[0],
+            **moe,
+        )
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path} does not look like MiniMind weights: {error}.") from error
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **expected: object
+) -> PreTrainedModel:
+    """The model of a `.pth` file (strict: every name must match) or of a transformers folder, in eval mode.
+
+    Args: expected: configuration values the caller insists on, for example hidden_size=512; None means "as saved".
+    Raises: WeightsError on a missing or damaged file, and when an expected value differs.
+    """
+    path = Path(path)
+    if path.is_dir():
+        model = load_folder(path)
+        config = model.config
+    else:
+        state = read_state_dict(path)
+        config = read_config(path, state)
+        model = None
+    for name, value in expected.items():
+        if value is not None and getattr(config, name, None) != value:
+            raise WeightsError(
+                f"{path} has {name} {getattr(config, name, None)}, but {value} was asked for. Leave out --{name}: "
+                "the file knows its own sizes."
+            )
+    if model is None:
+        model = MiniMindForCausalLM(config)
+        if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise WeightsError(f"{path} does not fit its configuration: {reason}") from error
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_folder(path: Path) -> PreTrainedModel:
+    """A transformers folder: ours through our own class, others through transformers; code in the folder is not run."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise WeightsError(f"{path} holds no config.json; expected a transformers model folder or a .pth file.")
+    try:
+        ours = json.loads(config_file.read_text(encoding="utf-8")).get("model_type") == MiniMindConfig.model_type
+        return (MiniMindForCausalLM if ours else AutoModelForCausalLM).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def find_weights(
+    out_dir: str | Path, stage: str | None = None, hidden_size: int | None = None, use_moe: bool | None = None
+) -> Path:
+    """The newest weight file in a folder, among those that agree with what is given.
+
+    Raises: WeightsError that says what to run when there is none.
+    """
+    found = []
+    for rank, name in enumerate(STAGES):
+        for path in Path(out_dir).glob(f"{name}_*.pth"):
+            size, _, moe = path.stem.removeprefix(f"{name}_").partition("_")
+            if (
+                stage in (None, name)
+                and size.isdigit()
+                and moe in ("", "moe")
+                and hidden_size in (None, int(size))
+                and use_moe in (None, moe == "moe")
+            ):
+                found.append((path.stat().st_mtime, rank, path))
+    if not found:
+        wanted = " ".join(str(v) for v in (stage, hidden_size, "moe" if use_moe else None) if v is not None)
+        train = "train_pretrain.py" if stage in (None, "pretrain") else "train_full_sft.py"
+        raise WeightsError(
+            f"There are no{' ' + wanted if wanted else ''} weights in {out_dir}. Train some with "
+            f"`python trainer/{train}`, or everything at once with `python scripts/quick_start.py`."
+        )
+    return max(found)[2]
+
+
+def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
+    """The shipped tokenizer, or the one in a folder.  Raises: WeightsError when there is none."""
+    folder = Path(path) if path else ROOT / "model"
+    if not (folder / "tokenizer.json").is_file():
+        raise WeightsError(f"{folder} holds no tokenizer.json; train one with `python scripts/train_tokenizer.py`.")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

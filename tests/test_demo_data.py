@@ -1,0 +1,400 @@
+"""The demo data: right answers, unseen combinations, the formats of all stages, the same bytes for the same seed.
+
+Answers are recomputed here from the text of the question alone; what the training files contain is read back from the
+files with patterns written here, not asked from the generator.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataset import demo_world as world
+from dataset.make_demo_data import MANIFEST, generate, is_right, normalise
+
+ROOT = Path(__file__).resolve().parents[1]
+TEST_STAGES = ("test", "lora_test", "reason_test")
+ARITHMETIC = {
+    "addition": [
+        r"(\d+) ?(?:\+|plus|加) ?(\d+)", r"(?:[Aa]dd|add) (\d+) and (\d+)", r"把(\d+)和(\d+)加",
+        r"(\d+) \w+(?:,| and)? gets? (\d+)", r"(\d+)个\w+，又得到(\d+)", r"with (\d+), add (\d+)", r"从(\d+)开始，加上(\d+)",
+    ],
+    "subtraction": [
+        r"(\d+) ?(?:-|minus|减) ?(\d+)", r"(\d+) \w+ and give away (\d+)", r"(\d+)个\w+，送走了(\d+)", r"从(\d+)里拿走(\d+)",
+    ],
+}
+TAKEN_AWAY = r"[Tt]ake (\d+) away from (\d+)"  # the second number comes first in the subtraction
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """stage -> records, of a fresh folder."""
+    started = time.perf_counter()
+    paths = generate(tmp_path_factory.mktemp("demo"))
+    assert time.perf_counter() - started < 10
+    return {stage: read(path) for stage, path in paths.items()}
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def strings(value):
+    """Every string inside a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(strings(part) for part in value.values())
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(strings(part) for part in value)
+
+
+def training(demo):
+    return [record for stage, records in demo.items() if stage not in TEST_STAGES for record in records]
+
+
+def asked(record):
+    return record["conversations"][-1]["content"]
+
+
+def of_kind(demo, *kinds):
+    return [record for record in demo["test"] if record["kind"] in kinds]
+
+
+def numbers(text):
+    return [int(digits) for digits in re.findall(r"\d+", text)]
+
+
+def sentences(demo):
+    """The sentences of all training files, lower-cased."""
+    for record in training(demo):
+        for text in strings(record):
+            yield from re.split(r"(?<=[.?。？])|\n", text.lower())
+
+
+def arithmetic_pairs(texts, kind):
+    """Every (a, b) that some text adds, or takes b from a."""
+    for text in texts:
+        for pattern in ARITHMETIC[kind]:
+            yield from ((int(a), int(b)) for a, b in re.findall(pattern, text))
+        if kind == "subtraction":
+            yield from ((int(a), int(b)) for b, a in re.findall(TAKEN_AWAY, text))
+
+
+# --- The scoring rule ---
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [
+        ("12", "12", True), (" 12.\n", "12", True), ("１２。", "12", True), ("PARIS!", "Paris", True), ("“巴黎”。", "巴黎", True),
+        ("3, 7, 9.", "3, 7, 9", True), ("<think>\n7 + 5\n</think>\n<answer>\n12\n</answer>", "12", True),
+        ("", "12", False), ("...", "12", False), ("-12", "12", False), ("112", "12", False), ("12 12", "12", False),
+        ("It is Paris", "Paris", False), ("9, 7, 3", "3, 7, 9", False), ("<answer>\n13\n</answer> 12", "12", False),
+    ],
+)
+def test_one_strict_rule(reply, answer, right):
+    assert is_right(reply, {"answer": answer}) is right
+
+
+# --- Right and balanced questions ---
+
+
+def test_questions_are_balanced_distinct_and_well_formed(demo):
+    counts = Counter((record["kind"], record["lang"]) for record in demo["test"])
+    kinds = {kind for kind, _ in counts}
+    assert len(kinds) >= 10
+    for kind in kinds:
+        assert counts[kind, "en"] == counts[kind, "zh"] >= 20, kind
+    assert 200 <= sum(count for (_, lang), count in counts.items() if lang == "zh") <= 320
+    for record in itertools.chain.from_iterable(demo[stage] for stage in TEST_STAGES):
+        roles = [turn["role"] for turn in record["conversations"]]
+        assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))] and roles[-1] == "user"
+        assert set(record) == {"kind", "lang", "conversations", "answer"}
+        assert normalise(record["answer"]) and is_right(record["answer"], record)
+        if record["lang"] == "zh":
+            assert re.search(r"[\u4e00-\u9fff]", asked(record)) or record["kind"] in ("addition", "subtraction")
+    for stage in TEST_STAGES:
+        together = [json.dumps(record["conversations"]) for record in demo[stage]]
+        assert len(set(together)) == len(together), stage
+
+
+def test_sums_and_differences_are_right(demo):
+    for record in of_kind(demo, "addition", "subtraction"):
+        pairs = list(arithmetic_pairs([asked(record)], record["kind"]))
+        assert len(set(pairs)) == 1, asked(record)
+        a, b = pairs[0]
+        assert record["answer"] == str(a + b if record["kind"] == "addition" else a - b), asked(record)
+        assert a - b >= 0 or record["kind"] == "addition"
+
+
+def test_comparisons_sortings_and_counts_are_right(demo):
+    for record in of_kind(demo, "comparison"):
+        question = asked(record)
+        big, small = re.search(r"bigger|larger|more|大|多", question), re.search(r"smaller|less|fewer|小|少", question)
+        assert bool(big) != bool(small), question
+        assert len(set(numbers(question))) == 2
+        assert int(record["answer"]) == (max if big else min)(numbers(question)), question
+    for record in of_kind(demo, "sorting"):
+        question = asked(record)
+        down = re.search(r"large to small|largest first|downwards|从大到小", question)
+        assert down or re.search(r"small to large|smallest first|upwards|从小到大", question), question
+        given = numbers(question)
+        assert len(given) == 3 and sorted(given, reverse=bool(down)) == numbers(record["answer"])
+    for record in of_kind(demo, "counting"):
+        question = asked(record)
+        assert record["answer"] == str(len(re.findall(r"[,、]", question)) + 1), question
+
+
+def test_calendar_is_right(demo):
+    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+    months = ("January February March April May June July August September October November December").split()
+    cycles = [days, months, ["星期" + c for c in "一二三四五六日"], [c + "月" for c in "一 二 三 四 五 六 七 八 九 十 十一 十二".split()]]
+    back = r"before|yesterday|\blast\b|begins, which|前|昨天|上个月|上一个月|之前|开始了"
+    ahead = r"after|tomorrow|next|follows|is over, which|后|明天|下个月|下一个月|第二天|结束了"
+    for record in of_kind(demo, "calendar"):
+        question = asked(record)
+        cycle = next(c for c in cycles if record["answer"] in c)
+        named = max((name for name in cycle if name in question), key=len)  # 十一月 contains 一月
+        step = -1 if re.search(back, question) else 1
+        assert step == -1 or re.search(ahead, question), question
+        assert record["answer"] == cycle[(cycle.index(named) + step) % len(cycle)], question
+
+
+def test_facts_opposites_and_translations_agree_with_the_training_text(demo):
+    told = [record["text"] for record in demo["pretrain"]]
+    said = {sentence.strip() for text in told for sentence in re.split(r"(?<=[.。])", text.lower())}
+    for record in of_kind(demo, "facts", "opposites", "translation"):
+        question, answer = asked(record).lower(), record["answer"].lower()
+        pair = [s for s in said if answer in s and subject_of(question, record["lang"]) in s]
+        if record["kind"] == "translation" and not pair:  # a new pair of words: both of them are translated elsewhere
+            adjective_noun = dict(zip(world.ADJECTIVES["en"], world.ADJECTIVES["zh"], strict=True))
+            nouns = dict(zip(world.NOUNS["en"], world.NOUNS["zh"], strict=True))
+            english = answer if answer.isascii() else quoted(question)
+            first, second = english.split()
+            assert adjective_noun[first] + nouns[second] in (answer, quoted(question))
+            continue
+        assert pair, (question, answer)
+    golden = {"capital of France": "Paris", "colour of snow": "white", "opposite of hot": "cold", "“moon”": "月亮",
+              "法国的首都": "巴黎", "“高”的反义词": "低"}
+    conversations = [record["conversations"] for record in demo["sft"]]
+    for part, answer in golden.items():
+        replies = {c[i + 1]["content"] for c in conversations for i, t in enumerate(c[:-1])
+                   if t["role"] == "user" and part in t["content"]}
+        assert replies == {answer}, part
+
+
+def quoted(text):
+    return re.search(r"“(.+?)”", text).group(1)
+
+
+def subject_of(question, lang):
+    """The thing a fact, opposite or translation asks for: the longest listed subject inside the question."""
+    if "“" in question:
+        return quoted(question)
+    subjects = [x for relation in world.FACTS.values() for x, _ in relation.rows[lang]] + world.OPPOSITES[lang]
+    return max((x.lower() for x in subjects if x.lower() in question), key=len)
+
+
+def test_memory_and_story_answers_stand_in_the_text(demo):
+    for record in of_kind(demo, "memory"):
+        told = " ".join(turn["content"] for turn in record["conversations"][:-1] if turn["role"] == "user")
+        assert record["answer"] in told, record
+    for record in of_kind(demo, "story"):
+        assert record["answer"].split(" ")[-1] in asked(record), record
+
+
+def test_identity_answers_are_those_of_the_training(demo):
+    known = {}
+    for record in demo["sft"]:
+        texts = [turn["content"] for turn in record["conversations"]]
+        known |= {normalise(q): a for q, a in zip(texts[::2], texts[1::2], strict=True)}
+    for record in of_kind(demo, "identity"):
+        core = max((q for q in known if normalise(asked(record)).endswith(q)), key=len)
+        assert known[core] == record["answer"], asked(record)
+
+
+# --- Nothing of the test is in the training ---
+
+
+def test_no_test_question_occurs_in_any_training_file(demo):
+    """Single questions: nowhere, neither as a turn nor inside a text. Questions after a talk: never the same talk."""
+    texts = "\n".join(text.lower() for record in training(demo) for text in strings(record))
+    users = {normalise(t["content"]) for record in training(demo)
+             for t in record.get("conversations", record.get("chosen", [])) if t["role"] == "user"}
+    talks = {json.dumps(record["conversations"][:-1]) for record in demo["sft"]}
+    for record in itertools.chain(demo["test"], demo["reason_test"]):
+        question = asked(record)
+        if len(record["conversations"]) > 1:
+            assert json.dumps(record["conversations"]) not in talks
+        else:
+            assert normalise(question) not in users, question
+            assert not re.search(r"(?<!\d)" + re.escape(question.lower()), texts), question
+    own = {normalise(r["conversations"][0]["content"]) for r in demo["lora"]}
+    assert not own & {normalise(asked(r)) for r in demo["lora_test"]}
+
+
+@pytest.mark.parametrize("kind", ["addition", "subtraction"])
+def test_pairs_of_the_test_are_never_added_or_subtracted_in_training(demo, kind):
+    held = set(arithmetic_pairs((asked(record) for record in of_kind(demo, kind)), kind))
+    assert len(held) >= 20
+    if kind == "addition":
+        held |= {(b, a) for a, b in held}
+    seen = set(arithmetic_pairs((text for record in training(demo) for text in strings(record)), kind))
+    assert len(seen) > 150 and not held & seen
+    numbers_seen = Counter(a for a, b in seen if b < 100)
+    assert all(numbers_seen[a] >= 2 for a, _ in held), "each number itself is well known"
+
+
+def test_compared_and_sorted_numbers_of_the_test_are_new(demo):
+    pairs = {frozenset(numbers(asked(record))) for record in of_kind(demo, "comparison")}
+    triples = {frozenset(numbers(asked(record))) for record in of_kind(demo, "sorting")}
+    compares = re.compile(r"bigger|smaller|larger|less|more|fewer|大|小|多|少")
+    seen_pairs, seen_triples = set(), set()
+    for sentence in sentences(demo):
+        found = frozenset(numbers(sentence))
+        if len(found) == 2 and compares.search(sentence) and not re.search(r" get |得到", sentence):
+            seen_pairs.add(found)
+        elif len(found) == 3:
+            seen_triples.add(found)
+    assert len(seen_pairs) > 1000 and len(seen_triples) > 1000
+    assert not pairs & seen_pairs
+    assert not triples & seen_triples
+
+
+def test_counted_things_of_the_test_are_new(demo):
+    repeated = re.compile(r"(?:\b(\w+)(?:, \1\b)+)|(?:([^、：，。？\s]+)(?:、\2)+)")
+
+    def counted(text):
+        for match in repeated.finditer(text.lower()):
+            yield match.group(1) or match.group(2), len(re.findall("[,、]", match.group())) + 1
+
+    held = {pair for record in of_kind(demo, "counting") for pair in counted(asked(record))}
+    seen = {pair for sentence in sentences(demo) for pair in counted(sentence)}
+    assert len(held) >= 40 and len(seen) > 250
+    assert not held & seen
+
+
+def test_people_of_the_test_have_something_they_never_had_in_training(demo):
+    """Who asks or is asked for in a test, and the thing at stake, are never named in one training record."""
+    records = [" ".join(strings(record)) for record in training(demo)]
+    for lang in ("en", "zh"):
+        by_name = {name: [t for t in records if mentions(t, name, lang)] for name in world.NAMES[lang]}
+        for record in of_kind(demo, "memory", "story"):
+            if record["lang"] != lang:
+                continue
+            text = " ".join(turn["content"] for turn in record["conversations"])
+            names = [name for name in world.NAMES[lang] if mentions(text, name, lang)]
+            values = [value for table in (world.COLOURS, world.PETS, world.FOODS, world.CITIES, world.PLACES,
+                                          world.OBJECTS) for value in table[lang] if mentions(text, value, lang)]
+            values += [str(n) for n in numbers(text) if n >= 10]
+            new = [(name, value) for name in names for value in values
+                   if not any(mentions(t, value, lang) for t in by_name[name])]
+            assert new, text
+
+
+def mentions(text, word, lang):
+    return bool(re.search(rf"\b{re.escape(word)}\b", text)) if lang == "en" else word in text
+
+
+# --- Formats of the stages ---
+
+
+def test_formats_of_the_stages(demo):
+    assert all(set(r) == {"text"} and r["text"] for r in demo["pretrain"])
+    for stage in ("sft", "lora", "reason"):
+        for record in demo[stage]:
+            roles = [turn["role"] for turn in record["conversations"]]
+            assert roles == ["user", "assistant"] * (len(roles) // 2), stage
+            assert all(turn["content"].strip() for turn in record["conversations"])
+    pattern = re.compile(r"<think>\n.+\n</think>\n<answer>\n(.+)\n</answer>")
+    for record in demo["reason"]:
+        assert pattern.fullmatch(record["conversations"][-1]["content"]), record
+    for record in demo["rl"]:
+        assert record["answer"] and record["conversations"][-1] == {"role": "assistant", "content": ""}
+    for record in demo["dpo"]:
+        assert record["chosen"][:-1] == record["rejected"][:-1]
+        assert normalise(record["chosen"][-1]["content"]) != normalise(record["rejected"][-1]["content"])
+    for record in demo["choice"]:
+        assert set(record) == {"subject", "question", "A", "B", "C", "D", "answer"} and record["answer"] in "ABCD"
+        assert len({record[letter] for letter in "ABCD"}) == 4
+    assert Counter(record["answer"] for record in demo["choice"]).keys() == set("ABCD")
+    calls = 0
+    for record in demo["toolcall"]:
+        system, *rest = record["conversations"]
+        names = {tool["function"]["name"] for tool in json.loads(system["tools"])}
+        assert system["role"] == "system" and len(names) == 2
+        for turn, following in itertools.pairwise(rest):
+            if "tool_calls" in turn:
+                calls += 1
+                (call,) = json.loads(turn["tool_calls"])
+                assert call["name"] in names and following["role"] == "tool"
+                result = json.loads(following["content"])
+                if call["name"] == "calculate":
+                    assert result["result"] == sum(numbers(call["arguments"]["expression"]))
+    assert calls >= 400
+
+
+def test_reasoning_ends_in_the_right_answer(demo):
+    for record in demo["reason"] + demo["rl"] + demo["reason_test"]:
+        question = record["conversations"][0]["content"]
+        answer = record.get("answer") or re.search(r"<answer>\n(.+)\n", record["conversations"][-1]["content"]).group(1)
+        given = numbers(question)
+        expected = [given[0] + given[1] - given[2]] if len(given) == 3 else sorted(given)
+        assert numbers(answer) == expected, question
+
+
+def test_training_text_is_small_and_in_both_languages(demo):
+    for stage in ("pretrain", "sft"):
+        texts = [" ".join(strings(record)) for record in demo[stage]]
+        chinese = sum(bool(re.search(r"[\u4e00-\u9fff]", text)) for text in texts)
+        assert 0.4 < chinese / len(texts) < 0.65
+        assert sum(len(text.encode()) for text in texts) < 6e6
+
+
+# --- Files ---
+
+
+def test_same_seed_same_bytes_in_another_process(tmp_path):
+    paths = generate(tmp_path / "here", seed=3)
+    command = [sys.executable, str(ROOT / "dataset" / "make_demo_data.py"), "--out_dir", str(tmp_path / "there"), "--seed", "3"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert [str(path.name) in done.stdout for path in paths.values()] == [True] * len(paths)
+    for path in paths.values():
+        assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes()
+    assert not list((tmp_path / "here").glob("*.part"))
+
+
+def test_second_call_does_nothing_until_something_changed(tmp_path):
+    paths = generate(tmp_path, seed=0)
+    first = paths["sft"].read_bytes()
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert generate(tmp_path, seed=0) == paths
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
+    paths["sft"].write_text("cut off", encoding="utf-8")
+    generate(tmp_path, seed=0)
+    assert paths["sft"].read_bytes() == first
+    (tmp_path / MANIFEST).write_text("[", encoding="utf-8")
+    generate(tmp_path, seed=1)
+    assert paths["sft"].read_bytes() != first
+
+
+def test_unwritable_folder_is_one_clear_line(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("mine", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "dataset" / "make_demo_data.py"), "--out_dir", str(blocked)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Cannot write the demo data to") and done.stderr.count("\n") == 1
+    assert blocked.read_text(encoding="utf-8") == "mine"

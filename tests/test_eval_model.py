@@ -1,0 +1,934 @@
+"""The terminal chat and the scorer: sampling, streaming, history, commands, questions, error lines."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import eval_model
+from eval_model import Chat, Settings, TextStream, UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import save_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+EOS = 2
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined %}<think>\n{% if not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A throw-away byte-level tokenizer: all bytes, the special tokens, a few merges that cut through characters."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(
+        ["你是谁？我是一个语言模型。", "Who are you? I am a language model.", "user assistant"], trainer
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return eval_model.load_tokenizer(tokenizer_folder)
+
+
+def tiny_model(tokenizer, seed: int = 0, **config) -> MiniMindForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    } | config
+    model = MiniMindForCausalLM(MiniMindConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    with torch.no_grad():  # sharper than a fresh model, so that a greedy choice is no matter of rounding
+        model.model.embed_tokens.weight.mul_(10)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture
+def out_dir(model, tmp_path) -> Path:
+    """A folder with weights of two stages, full_sft the newer."""
+    for age, stage in enumerate(("full_sft", "pretrain")):
+        path = tmp_path / "out" / f"{stage}_32.pth"
+        save_weights(model, path, {"stage": stage})
+        os.utime(path, (1e9 - age, 1e9 - age))
+    return tmp_path / "out"
+
+
+def run_main(capsys, monkeypatch, *args: object, stdin: str = "") -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command line, in this process."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    try:
+        status = eval_model.main([str(arg) for arg in args])
+    except SystemExit as error:
+        status = error.code
+    return status, *capsys.readouterr()
+
+
+def scripted(tokenizer, *texts: str, interrupt_after: int | None = None):
+    """A decoder that says the given texts one after another, and remembers what it was asked with."""
+    calls: list[dict] = []
+
+    def generate(model, input_ids, *, max_new_tokens, stop_ids, generator, **sampling):
+        calls.append({"prompt": tokenizer.decode(input_ids[0]), "limit": max_new_tokens, **sampling})
+        ids = tokenizer.encode(texts[min(len(calls), len(texts)) - 1], add_special_tokens=False)[:max_new_tokens]
+        for count, token in enumerate(ids):
+            if count == interrupt_after:
+                raise KeyboardInterrupt
+            yield token
+
+    generate.calls = calls
+    return generate
+
+
+def make_chat(model, tokenizer, generate, **options) -> tuple[Chat, io.StringIO, io.StringIO]:
+    out, notes = io.StringIO(), io.StringIO()
+    values = {name: options.pop(name) for name in list(options) if name in eval_model.SETTING_TYPES}
+    config = Settings(**{"max_seq_len": 400, "max_new_tokens": 100} | values)
+    return Chat(model, tokenizer, config, out=out, notes=notes, generate=generate, **options), out, notes
+
+
+# --- Sampling ---
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.85, 1.7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.8), (20, 0.6), (1, 0.9), (500, 0.0)])
+@pytest.mark.parametrize("penalty", [1.0, 1.4, 0.7])
+def test_distribution_is_that_of_the_transformers_processors(temperature, top_k, top_p, penalty):
+    torch.manual_seed(1)
+    logits, seen = torch.randn(100) * 3, [3, 3, 50, 99, 0]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits[None].clone())
+    expected = TemperatureLogitsWarper(temperature)(None, expected)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    probs = eval_model.next_probs(eval_model.penalised(logits, seen, penalty), temperature, top_k, top_p)
+    torch.testing.assert_close(probs, expected.softmax(-1)[0])
+
+
+def test_sample_next_draws_from_the_distribution_and_follows_the_seed():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    rng = torch.Generator().manual_seed(5)
+    drawn = torch.tensor([eval_model.sample_next(logits, generator=rng) for _ in range(4000)])
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, logits.softmax(-1), atol=0.03, rtol=0)
+    rng.manual_seed(5)
+    assert [eval_model.sample_next(logits, generator=rng) for _ in range(50)] == drawn[:50].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30])
+def test_temperature_zero_is_the_likeliest_token_after_the_penalty(temperature):
+    logits = torch.tensor([5.0, 4.0, -1.0])
+    assert eval_model.sample_next(logits, [0], temperature) == 0
+    assert eval_model.sample_next(logits, [0], temperature, repetition_penalty=2.0) == 1
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_stream_equals_generate(model, tokenizer, penalty):
+    prompt = torch.tensor([eval_model.chat_ids(tokenizer, [{"role": "user", "content": "你好"}], None)])
+    streamed = list(
+        eval_model.stream_generate(
+            model, prompt, max_new_tokens=60, stop_ids={EOS}, temperature=0, repetition_penalty=penalty
+        )
+    )
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=60, do_sample=False, repetition_penalty=penalty
+    )
+    assert [token for token in out[0, prompt.shape[1] :].tolist() if token != EOS] == streamed
+    assert len(streamed) > 5
+
+
+def test_stream_stops_before_the_stop_token_and_uses_the_cache(model):
+    prompt = torch.tensor([[1, 40, 41]])
+    tokens = list(eval_model.stream_generate(model, prompt, max_new_tokens=20, temperature=0))
+    stop = tokens[8]
+    lengths = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(args[0].shape[1]), with_kwargs=True
+    )
+    try:
+        cut = list(eval_model.stream_generate(model, prompt, max_new_tokens=20, stop_ids={stop}, temperature=0))
+    finally:
+        hook.remove()
+    assert cut == tokens[: tokens.index(stop)]
+    assert lengths == [3] + [1] * len(cut)
+
+
+def test_output_that_is_no_number_is_reported(tokenizer):
+    broken = tiny_model(tokenizer)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not a number"):
+        next(eval_model.stream_generate(broken, torch.tensor([[1]]), max_new_tokens=3))
+
+
+# --- Streaming text ---
+
+
+def stream(tokenizer, ids) -> list[str]:
+    text = TextStream(tokenizer)
+    return [*(text.push(i) for i in ids), text.flush()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=30))
+def test_stream_gives_back_any_unicode_without_broken_characters(tokenizer, text):
+    pieces = stream(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or "\ufffd" not in "".join(pieces)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ids=st.lists(st.integers(0, 329), max_size=25))
+def test_stream_of_any_tokens_is_their_text(tokenizer, ids):
+    assert "".join(stream(tokenizer, ids)) == eval_model.decode(tokenizer, ids)
+
+
+def test_shipped_tokenizer_streams_mixed_scripts():
+    if not (ROOT / "model" / "tokenizer.json").is_file():
+        pytest.skip("no shipped tokenizer")
+    tokenizer = eval_model.load_tokenizer()
+    text = "龘 😀👨‍👩‍👧 naïve ру́сский العربية 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 <think>\n好</think> end"
+    pieces = stream(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > 10  # and piece by piece, not all at the end
+    assert "".join(stream(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id])) == ""
+
+
+def test_stream_keeps_blanks_of_tokenizers_that_drop_the_first():
+    """Sentencepiece-like tokenizers decode a lone `▁world` as `world`, and an unfinished character as several U+FFFD."""
+    vocab = {"▁Hello": 0, "▁world": 1, "<0xE4>": 2, "<0xBD>": 3, "<0xA0>": 4}
+    fallback = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    fallback.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fallback)
+    assert stream(tokenizer, [0, 1, 2, 3, 4, 1]) == ["Hello", " world", "", "", "你", " world", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "expected"),
+    [
+        ("Paris", False, ("", "Paris")),
+        ("<think>\nhm\n</think>\n\nParis\n", False, ("hm", "Paris")),
+        ("hm\n</think>\nParis", True, ("hm", "Paris")),
+        ("<think>never ends", False, ("never ends", "")),
+        ("a <think> in the middle", False, ("", "a <think> in the middle")),
+    ],
+)
+def test_split_thinking(text, opened, expected):
+    assert eval_model.split_thinking(text, opened) == expected
+
+
+def test_thoughts_are_dimmed_with_colour_only():
+    for colour, expected in (
+        (True, "\033[2m<think>\033[0m\033[2mhm\033[0m\033[2m</think>\033[0mok"),
+        (False, "<think>hm</think>ok"),
+    ):
+        out = io.StringIO()
+        painter = eval_model.Painter(out, colour, thinking=False)
+        for piece in ("<think>", "hm", "</think>", "ok"):
+            painter.write(piece)
+        assert out.getvalue() == expected
+
+
+# --- The chat ---
+
+
+def test_history_goes_into_the_prompt_without_thoughts(model, tokenizer):
+    generate = scripted(tokenizer, "<think>\nhm\n</think>\n\nParis", "Rome")
+    chat, out, _ = make_chat(model, tokenizer, generate, system="Be brief.")
+    chat.handle("France?")
+    chat.handle("Italy?")
+    assert generate.calls[1]["prompt"] == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nFrance?<|im_end|>\n<|im_start|>assistant\nParis<|im_end|>\n"
+        "<|im_start|>user\nItaly?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert out.getvalue() == "<think>\nhm\n</think>\n\nParis\nRome\n"
+
+
+@pytest.mark.parametrize(
+    ("history_cnt", "kept"), [(0, []), (2, ["q3"]), (4, ["q2", "q3"]), (20, ["q0", "q1", "q2", "q3"])]
+)
+def test_history_cnt_keeps_the_newest_turns(model, tokenizer, history_cnt, kept):
+    chat, _, _ = make_chat(model, tokenizer, scripted(tokenizer, "ok"), history_cnt=history_cnt)
+    for i in range(4):
+        chat.handle(f"q{i}")
+    ids, dropped = chat.prompt_ids("now")
+    assert [q for q in ("q0", "q1", "q2", "q3") if q in tokenizer.decode(ids)] == kept
+    assert dropped == 0
+
+
+@pytest.mark.parametrize("max_seq_len", range(60, 400, 20))
+def test_old_exchanges_leave_whole_and_no_sooner_than_needed(model, tokenizer, max_seq_len):
+    chat, _, notes = make_chat(
+        model,
+        tokenizer,
+        scripted(tokenizer, "fine"),
+        max_seq_len=max_seq_len,
+        max_new_tokens=40,
+        history_cnt=20,
+        system="Sys.",
+    )
+    chat.exchanges = [eval_model.Exchange(f"question {i} 你", "", f"answer {i} 好") for i in range(6)]
+    before = list(chat.exchanges)
+    ids, dropped = chat.prompt_ids("last one")
+    room = max_seq_len - min(40, max_seq_len // 2)
+    assert ids == eval_model.chat_ids(tokenizer, chat.messages(before[dropped:], "last one"), None)
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nSys.<|im_end|>")
+    assert len(ids) <= room or dropped == 6
+    if dropped:
+        longer = eval_model.chat_ids(tokenizer, chat.messages(before[dropped - 1 :], "last one"), None)
+        assert len(longer) > room
+    assert chat.exchanges == before  # left out of the prompt, not of the conversation
+    if len(ids) < max_seq_len:
+        chat.handle("last one")
+        assert ("left out" in notes.getvalue()) == bool(dropped)
+
+
+def test_question_that_cannot_fit_is_refused_and_the_chat_goes_on(model, tokenizer):
+    generate = scripted(tokenizer, "ok")
+    chat, _, notes = make_chat(model, tokenizer, generate, max_seq_len=64)
+    assert chat.handle("long " * 100)
+    assert "error: The prompt takes" in notes.getvalue() and not generate.calls and not chat.exchanges
+    assert chat.handle("short") and len(chat.exchanges) == 1
+
+
+def test_answer_never_exceeds_max_seq_len(model, tokenizer):
+    chat, _, notes = make_chat(model, tokenizer, scripted(tokenizer, "word " * 200), max_seq_len=60, max_new_tokens=50)
+    chat.handle("question")
+    ids, _ = chat.prompt_ids("question")
+    assert (
+        f"[{60 - len(eval_model.chat_ids(tokenizer, chat.messages([], 'question'), None))} tokens" in notes.getvalue()
+    )
+    assert "cut at max_seq_len 60" in notes.getvalue()
+    assert len(ids) < 60
+    chat, _, notes = make_chat(model, tokenizer, scripted(tokenizer, "word " * 200), max_new_tokens=5)
+    chat.handle("question")
+    assert "[5 tokens, " in notes.getvalue() and "cut at max_new_tokens 5" in notes.getvalue()
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(model, tokenizer):
+    chat, out, notes = make_chat(model, tokenizer, scripted(tokenizer, "abcdef", interrupt_after=3))
+    assert chat.handle("go")
+    assert "stopped" in notes.getvalue() and "[3 tokens" in notes.getvalue()
+    assert chat.exchanges[0].reply == out.getvalue().strip() != "abcdef"
+
+
+def test_pretrained_model_continues_text(model, tokenizer):
+    generate = scripted(tokenizer, " a model")
+    chat, out, notes = make_chat(model, tokenizer, generate, continues_text=True)
+    chat.handle("I am")
+    chat.handle("You are")
+    assert [call["prompt"] for call in generate.calls] == ["<|im_start|>I am", "<|im_start|>You are"]
+    assert out.getvalue() == "I am a model\nYou are a model\n"
+    chat.handle("/system no")
+    assert "no system turn" in notes.getvalue() and not chat.system
+
+
+def test_thinking_flag_reaches_the_template_and_the_thought_is_kept_apart(model, tokenizer):
+    generate = scripted(tokenizer, "hm</think>yes")
+    chat, out, _ = make_chat(model, tokenizer, generate, enable_thinking=True, colour=True)
+    chat.handle("q")
+    assert generate.calls[0]["prompt"].endswith("<think>\n")
+    assert out.getvalue().startswith("\033[2m") and out.getvalue().endswith("</think>\033[0myes\n")
+    assert chat.exchanges == [eval_model.Exchange("q", "hm", "yes")]
+    chat.handle("/set enable_thinking off")
+    chat.handle("q")
+    assert generate.calls[1]["prompt"].endswith("</think>\n\n")
+
+
+def test_commands(model, tokenizer, tmp_path):
+    generate = scripted(tokenizer, "one", "two", "three")
+    chat, _, notes = make_chat(model, tokenizer, generate)
+
+    def said(line: str) -> str:
+        notes.seek(0)
+        notes.truncate()
+        assert chat.handle(line)
+        return notes.getvalue()
+
+    assert all(name in said("/help") for name in ("/clear", "/exit", "/retry", "/save", "/set", "/system"))
+    assert "no question" in said("/retry") and "nothing to save" in said(f"/save {tmp_path / 'a.jsonl'}")
+    said("first")
+    said("/retry")
+    assert generate.calls[0]["prompt"] == generate.calls[1]["prompt"]
+    assert [e.reply for e in chat.exchanges] == ["two"]
+
+    assert "temperature = 0.3" in said("/set temperature 0.3") and chat.settings.temperature == 0.3
+    assert "top_k = 7" in said("/set top_k=7")
+    said("second")
+    assert generate.calls[2]["temperature"] == 0.3 and generate.calls[2]["top_k"] == 7
+    assert said("/set").count(" = ") == len(eval_model.SETTING_TYPES)
+    for wrong in (
+        "/set temperature hot",
+        "/set warmth 1",
+        "/set top_p 2",
+        "/set history_cnt 3",
+        "/set max_seq_len 9999",
+        "/set temperature",
+        "/set temperature nan",
+        "/set enable_thinking perhaps",
+    ):
+        before = chat.settings
+        assert "error: " in said(wrong) and chat.settings == before, wrong
+
+    said("/system Be kind.")
+    said("/save " + str(tmp_path / "a chat.jsonl"))
+    record = json.loads((tmp_path / "a chat.jsonl").read_text(encoding="utf-8"))
+    assert record == {
+        "conversations": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "first"},
+            {"role": "assistant", "content": "two"},
+            {"role": "user", "content": "second"},
+            {"role": "assistant", "content": "three"},
+        ]
+    }
+    assert "exists already" in said("/save " + str(tmp_path / "a chat.jsonl"))
+    assert "needs a file name" in said("/save")
+    assert "error: " in said("/save " + str(tmp_path / "a chat.jsonl" / "below"))
+
+    assert "no command" in said("/what")
+    assert said(" /what is this?").startswith("[")  # a blank in front: text
+    assert chat.exchanges[-1].question == "/what is this?"
+    said("/clear")
+    assert not chat.exchanges and said("   ") == ""
+    assert chat.handle("/exit") is False
+
+
+def test_set_seed_repeats_an_answer(model, tokenizer):
+    chat, out, _ = make_chat(
+        model, tokenizer, eval_model.stream_generate, temperature=1.5, top_p=1.0, history_cnt=0, max_new_tokens=30
+    )
+    answers = []
+    for line in ("/set seed 3", "q", "q", "/set seed 3", "q"):
+        chat.handle(line)
+    answers = [e.reply for e in chat.exchanges]
+    assert answers[0] == answers[2] != answers[1]
+
+
+def test_line_editor_has_history_and_ends_with_ctrl_d(monkeypatch, tmp_path):
+    pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, name, types.SimpleNamespace(isatty=lambda: True))
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        read = eval_model.line_reader(["/help"])
+        keys.send_text("你好 world\r")
+        assert read() == "你好 world"
+        keys.send_text("\x1b[A again\r")  # arrow up brings the last line back
+        assert read() == "你好 world again"
+        keys.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            read()
+    assert "你好 world" in (tmp_path / ".minimind_history").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(model, tokenizer):
+    chat, _, notes = make_chat(model, tokenizer, scripted(tokenizer, "ok"))
+    inputs = iter([KeyboardInterrupt, "hello", EOFError])
+
+    def read():
+        item = next(inputs)
+        if isinstance(item, str):
+            return item
+        raise item
+
+    eval_model.run_manual(chat, read)
+    assert "Ctrl-D" in notes.getvalue() and [e.question for e in chat.exchanges] == ["hello"]
+
+
+# --- The command line ---
+
+
+def test_newest_stage_is_found_and_named(capsys, monkeypatch, out_dir, tokenizer_folder):
+    common = ("--out_dir", out_dir, "--tokenizer", tokenizer_folder, "--device", "cpu", "--max_new_tokens", 5)
+    status, out, err = run_main(capsys, monkeypatch, *common, "--prompt", "hi", "--seed", 1)
+    assert status == 0 and "full_sft_32.pth · full_sft · " in err and "cpu float32 · seed 1" in err
+    assert "tokens/s" in err and "tokens/s" not in out  # the answer alone on standard output
+    os.utime(out_dir / "pretrain_32.pth", (2e9, 2e9))
+    status, out, err = run_main(capsys, monkeypatch, *common, "--prompt", "hi")
+    assert status == 0 and "pretrain_32.pth · pretrain · " in err and out.startswith("hi")
+    status, _, err = run_main(capsys, monkeypatch, *common, "--prompt", "hi", "--model_mode", 1)
+    assert status == 0 and "full_sft_32.pth" in err
+
+
+def test_weights_path_decides_the_stage_by_name_or_by_its_json(
+    capsys, monkeypatch, out_dir, tokenizer_folder, tmp_path
+):
+    for suffix in (".pth", ".json"):
+        (tmp_path / f"renamed{suffix}").write_bytes((out_dir / f"pretrain_32{suffix}").read_bytes())
+    common = ("--tokenizer", tokenizer_folder, "--device", "cpu", "--max_new_tokens", 3, "--prompt", "hi")
+    for path, args, starts in (
+        (tmp_path / "renamed.pth", (), True),
+        (out_dir / "full_sft_32.pth", (), False),
+        (out_dir / "full_sft_32.pth", ("--model_mode", 0), True),
+    ):
+        status, out, _ = run_main(capsys, monkeypatch, *common, "--weights", path, *args)
+        assert status == 0 and out.startswith("hi") == starts
+
+
+def test_transformers_folder(capsys, monkeypatch, model, tokenizer, tokenizer_folder, tmp_path):
+    model.save_pretrained(tmp_path / "folder")
+    common = ("--device", "cpu", "--max_new_tokens", 4, "--prompt", "hi", "--temperature", 0)
+    folder = ("--load", 1, "--model_path", tmp_path / "folder")
+    with_flag = run_main(capsys, monkeypatch, *common, *folder, "--tokenizer", tokenizer_folder)
+    assert with_flag[0] == 0 and " · chat · " in with_flag[2]
+    tokenizer.save_pretrained(tmp_path / "folder")  # the folder's own tokenizer is taken by itself
+    assert run_main(capsys, monkeypatch, *common, *folder)[:2] == with_flag[:2]
+    assert run_main(capsys, monkeypatch, *common, "--weights", tmp_path / "folder")[:2] == with_flag[:2]
+
+
+def test_menu_piped_input_and_seed(capsys, monkeypatch, out_dir, tokenizer_folder):
+    common = (
+        "--out_dir",
+        out_dir,
+        "--tokenizer",
+        tokenizer_folder,
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        6,
+        "--seed",
+        7,
+    )
+
+    def talk(stdin, *args):
+        status, out, err = run_main(capsys, monkeypatch, *common, *args, stdin=stdin)
+        assert status == 0 and err == ""
+        return [line for line in out.splitlines() if "tokens/s" not in line]
+
+    manual = talk("1\n你好\n/exit\nnever asked\n")
+    assert "> 你好" in manual and "never asked" not in "\n".join(manual)
+    assert manual == talk("1\n你好\n/exit\n")  # same seed, same text
+    assert manual[-1] == talk("你好\n")[-1]  # the menu takes a first message too
+    assert manual[-1] == talk("你好\n", "--mode", "manual")[-1]
+    automatic = talk("0\n")
+    assert [line for line in automatic if line.startswith("> ")][1:] == [f"> {p}" for p in eval_model.CHAT_PROMPTS]
+    assert automatic[3:] == talk("", "--mode", "auto")[1:]
+    continued = talk("", "--mode", "auto", "--model_mode", 0)
+    assert all(any(line.startswith(prompt) for line in continued) for prompt in eval_model.PRETRAIN_PROMPTS)
+    assert talk("")[-1].startswith("> ")  # the end of the input at the menu
+
+
+@pytest.mark.parametrize("value", ["--use_moe", "--use_moe True", "--use_moe 1"])
+def test_flag_spellings_choose_moe_weights(capsys, monkeypatch, out_dir, tokenizer, tokenizer_folder, value):
+    save_weights(tiny_model(tokenizer, use_moe=True), out_dir / "full_sft_32_moe.pth", {"stage": "full_sft"})
+    common = (
+        "--out_dir",
+        out_dir,
+        "--tokenizer",
+        tokenizer_folder,
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        2,
+        "--prompt",
+        "hi",
+    )
+    os.utime(out_dir / "full_sft_32_moe.pth", (1, 1))
+    assert "full_sft_32_moe.pth" in run_main(capsys, monkeypatch, *common, *value.split())[2]
+    os.utime(out_dir / "full_sft_32_moe.pth")
+    for dense in ("--use_moe False", "--no-use_moe", "--use_moe 0"):
+        assert "full_sft_32.pth" in run_main(capsys, monkeypatch, *common, *dense.split())[2]
+
+
+ERRORS = {
+    "nothing trained": (["--out_dir", "{tmp}/empty"], "python trainer/train_pretrain.py"),
+    "stage not trained": (["--model_mode", "4"], "There are no grpo weights"),
+    "no such file": (["--weights", "{tmp}/x.pth"], "does not exist"),
+    "no such folder": (["--load", "1", "--model_path", "{tmp}/x"], "--model_path FOLDER"),
+    "size not there": (["--hidden_size", "512"], "There are no 512 weights"),
+    "another depth": (["--num_hidden_layers", "9"], "has num_hidden_layers 2"),
+    "no tokenizer": (["--tokenizer", "{tmp}/empty"], "holds no tokenizer.json"),
+    "another device": (["--device", "abacus"], "expected cpu, cuda"),
+    "impossible value": (["--temperature", "-1"], "temperature -1.0 is impossible"),
+    "odd history": (["--history_cnt", "3"], "an even number"),
+    "too long": (["--max_seq_len", "100000"], "the model has 512 positions"),
+    "system turn for a pretrained model": (["--system", "x", "--model_mode", "0"], "--system needs a model that chats"),
+    "json alone": (["--json", "x.json"], "--questions FILE"),
+    "no batch": (["--batch_size", "0"], "expected 1 or more"),
+    "not a number": (["--top_k", "many"], "--top_k"),
+    "not a switch": (["--use_moe", "perhaps"], "use_moe"),
+    "unknown mode": (["--model_mode", "9"], "--model_mode"),
+    "no questions": (["--questions", "{tmp}/none.jsonl"], "make_demo_data.py"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line_and_status_2(capsys, monkeypatch, out_dir, tokenizer_folder, tmp_path, name):
+    args, expected = ERRORS[name]
+    (tmp_path / "empty").mkdir()
+    args = [arg.replace("{tmp}", str(tmp_path)) for arg in args]
+    defaults = ["--out_dir", out_dir, "--tokenizer", tokenizer_folder]
+    status, out, err = run_main(capsys, monkeypatch, *defaults, *args, stdin="1\n")
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert expected in last and "error: " in last and "Traceback" not in err
+    assert out == ""
+
+
+def test_cuda_that_is_not_there(capsys, monkeypatch, out_dir, tokenizer_folder):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, err = run_main(
+        capsys, monkeypatch, "--out_dir", out_dir, "--tokenizer", tokenizer_folder, "--device", "cuda"
+    )
+    assert status == 2 and err.startswith("error: --device cuda: torch sees no such device")
+
+
+def test_damaged_weights(capsys, monkeypatch, out_dir, tokenizer_folder):
+    path = out_dir / "full_sft_32.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    status, _, err = run_main(capsys, monkeypatch, "--weights", path, "--tokenizer", tokenizer_folder)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "full_sft_32.pth" in err
+
+
+def test_tokenizer_larger_than_the_vocabulary(capsys, monkeypatch, tokenizer, tokenizer_folder, tmp_path):
+    save_weights(
+        MiniMindForCausalLM(MiniMindConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)),
+        tmp_path / "full_sft_32.pth",
+    )
+    status, _, err = run_main(
+        capsys, monkeypatch, "--out_dir", tmp_path, "--tokenizer", tokenizer_folder, "--prompt", "hi"
+    )
+    assert status == 2 and f"has {len(tokenizer)} entries" in err and "--tokenizer FOLDER" in err
+
+
+def test_lora_flag(capsys, monkeypatch, out_dir, tokenizer_folder):
+    common = (
+        "--out_dir",
+        out_dir,
+        "--tokenizer",
+        tokenizer_folder,
+        "--lora_name",
+        "tea",
+        "--prompt",
+        "hi",
+        "--max_new_tokens",
+        2,
+    )
+    monkeypatch.setitem(sys.modules, "model.model_lora", None)  # an absent module, whether or not the file is there
+    status, _, err = run_main(capsys, monkeypatch, *common)
+    assert status == 2 and err.startswith("error: --lora_name") and err.count("\n") == 1
+    applied = []
+    stand_in = types.SimpleNamespace(load_lora=lambda model, path: applied.append((type(model).__name__, path)))
+    monkeypatch.setitem(sys.modules, "model.model_lora", stand_in)
+    status, _, err = run_main(capsys, monkeypatch, *common)
+    assert status == 2 and "tea_32.pth does not exist" in err and not applied
+    (out_dir / "lora").mkdir()
+    (out_dir / "lora" / "tea_32.pth").touch()
+    status, _, err = run_main(capsys, monkeypatch, *common)
+    assert status == 0 and applied == [("MiniMindForCausalLM", out_dir / "lora" / "tea_32.pth")] and "LoRA tea" in err
+
+
+def test_dtype_flag(capsys, monkeypatch, out_dir, tokenizer_folder):
+    _, _, err = run_main(
+        capsys,
+        monkeypatch,
+        "--out_dir",
+        out_dir,
+        "--tokenizer",
+        tokenizer_folder,
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+        "--prompt",
+        "hi",
+        "--max_new_tokens",
+        2,
+    )
+    assert "cpu bfloat16" in err
+
+
+# --- A real process ---
+
+
+def process(*args: object, **options) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LC_", "LANG"))} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "eval_model.py"), *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_piped_chat_from_another_folder(out_dir, tokenizer_folder, tmp_path):
+    args = (
+        "--out_dir",
+        out_dir,
+        "--tokenizer",
+        tokenizer_folder,
+        "--device",
+        "cpu",
+        "--seed",
+        3,
+        "--max_new_tokens",
+        12,
+    )
+    chat = process(*args, cwd=tmp_path)
+    out, err = chat.communicate("1\n你好，世界\nnot \xff utf-8: ".encode() + b"\xff\n/nonsense\n", timeout=120)
+    text = out.decode("utf-8")
+    assert chat.returncode == 0 and err == b""
+    assert "> 你好，世界" in text and text.count("tokens/s") == 2 and "/nonsense is no command" in text
+    assert "\033" not in text and "<|im_" not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.slow
+def test_error_of_a_real_process(tmp_path):
+    chat = process("--out_dir", tmp_path, "--prompt", "hi")
+    out, err = chat.communicate(timeout=120)
+    assert chat.returncode == 2 and out == b""
+    assert err.startswith(b"error: There are no weights in ") and err.count(b"\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_sigint_stops_the_answer_only(tokenizer, tokenizer_folder, tmp_path):
+    endless = tiny_model(tokenizer, max_position_embeddings=32768)
+    with torch.no_grad():  # the end token against the direction that every answer of the first seconds takes
+        prompt = torch.tensor([eval_model.chat_ids(tokenizer, [{"role": "user", "content": "talk"}], None)])
+        assert EOS not in endless.generate(prompt, max_new_tokens=300, do_sample=False)[0, prompt.shape[1] :]
+    save_weights(endless, tmp_path / "full_sft_32.pth")
+    chat = process(
+        "--out_dir",
+        tmp_path,
+        "--tokenizer",
+        tokenizer_folder,
+        "--device",
+        "cpu",
+        "--mode",
+        "manual",
+        "--temperature",
+        0,
+        "--max_new_tokens",
+        30000,
+        "--max_seq_len",
+        32768,
+    )
+    try:
+        chat.stdin.write(b"talk\n")
+        chat.stdin.flush()
+        seen = b""
+        while b"> talk" not in seen or len(seen.partition(b"> talk\n")[2]) < 40:
+            seen += os.read(chat.stdout.fileno(), 4096)
+        chat.send_signal(signal.SIGINT)
+        out, err = chat.communicate(b"/exit\n", timeout=60)
+    finally:
+        chat.kill()
+    assert chat.returncode == 0 and err == b"" and b", stopped]" in out
+
+
+# --- Scoring ---
+
+
+class Oracle:
+    """A model that knows the answers to some prompts by heart and says `wrong` to all others."""
+
+    def __init__(self, tokenizer, answers: dict[str, str]):
+        self.tokenizer, self.answers = tokenizer, answers
+        self.device = torch.device("cpu")
+        self.generation_config = types.SimpleNamespace(eos_token_id=[EOS])
+        self.batches: list[tuple[int, ...]] = []
+
+    def generate(self, input_ids, attention_mask, *, max_new_tokens, do_sample, pad_token_id, **_):
+        assert not do_sample and input_ids.shape == attention_mask.shape
+        assert (attention_mask.diff(dim=1) >= 0).all() and attention_mask[:, -1].all()  # padding on the left only
+        assert (input_ids[attention_mask == 0] == pad_token_id).all()
+        self.batches.append(tuple(input_ids.shape))
+        rows = []
+        for ids, real in zip(input_ids, attention_mask, strict=True):
+            question = self.tokenizer.decode(ids[real.bool()]).rpartition("user\n")[2].partition("<|im_end|>")[0]
+            rows.append(self.tokenizer.encode(self.answers.get(question, "wrong"), add_special_tokens=False) + [EOS])
+            rows[-1] = rows[-1][:max_new_tokens]
+        longest = max(map(len, rows))
+        new = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
+        return torch.cat((input_ids, new), dim=1)
+
+
+def question(text: str, answer: str, kind: str = "sums", lang: str = "en", before: tuple = ()) -> dict:
+    return {"kind": kind, "lang": lang, "answer": answer, "conversations": [*before, {"role": "user", "content": text}]}
+
+
+def write_questions(path: Path, records: list) -> Path:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
+
+
+def test_scores_by_kind_and_language(tokenizer, tmp_path, capsys):
+    rng = random.Random(0)
+    truth = {f"{a}+{b}=?": str(a + b) for a in range(5) for b in range(5)}
+    records = [question(q, a) for q, a in truth.items()]
+    records += [
+        question(
+            f"“{q}”是多少",
+            a,
+            "和",
+            "zh",
+            before=({"role": "user", "content": "hi " * rng.randint(0, 20)}, {"role": "assistant", "content": "你好"}),
+        )
+        for q, a in truth.items()
+    ]
+    known = dict(truth) | {f"“{q}”是多少": a for q, a in list(truth.items())[:10]}
+    known.update({"0+0=?": "<think>\nzero\n</think>\n\n0.", "0+1=?": "2"})  # a thought does not count; one wrong
+    path = write_questions(tmp_path / "questions.jsonl", records)
+    oracle = Oracle(tokenizer, known)
+    scores = eval_model.run_questions(
+        oracle, tokenizer, path, Settings(max_new_tokens=48), system="", batch_size=8, show_wrong=2
+    )
+    assert (scores["right"], scores["total"], scores["accuracy"]) == (34, 50, 0.68)
+    assert scores["by_lang"]["en"]["right"] == 24 and scores["by_lang"]["zh"]["right"] == 10
+    assert scores["by_kind"]["和"] == {"zh": scores["by_lang"]["zh"]}
+    assert [row["right"] for row in scores["answers"]].count(True) == 34
+    assert [row["line"] for row in scores["answers"]] == list(range(1, 51))
+    assert all(rows <= 8 for rows, _ in oracle.batches) and len(oracle.batches) == 7
+    out = capsys.readouterr().out
+    assert " 96.0% (24/25)" in out and " 40.0% (10/25)" in out and " 68.0% (34/50)" in out
+    assert out.count("expected ") == 2 and "54.2% to 79.2%" in out
+
+
+def test_wilson_interval():
+    # The interval's ends p solve |share − p| = z·sqrt(p(1 − p)/n).
+    for right, total in ((8, 10), (1, 3), (291, 500), (0, 20), (20, 20)):
+        for p in eval_model.wilson(right, total):
+            assert abs(right / total - p) == pytest.approx(1.959964 * (p * (1 - p) / total) ** 0.5, abs=1e-9)
+    low, high = eval_model.wilson(8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+
+
+def test_batched_answers_equal_single_ones(model, tokenizer):
+    prompts = [
+        eval_model.chat_ids(tokenizer, [{"role": "user", "content": "很 long " * n}], False) for n in (1, 9, 3, 5)
+    ]
+    done = []
+    replies = eval_model.greedy_replies(
+        model, tokenizer, prompts, max_new_tokens=20, batch_size=3, progress=done.append
+    )
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids = list(
+            eval_model.stream_generate(model, torch.tensor([prompt]), max_new_tokens=20, stop_ids={EOS}, temperature=0)
+        )
+        assert reply == eval_model.decode(tokenizer, ids)
+    assert done == [3, 1] and len(set(replies)) > 1
+
+
+def test_questions_on_the_command_line_write_json(capsys, monkeypatch, out_dir, tokenizer_folder, tmp_path):
+    path = write_questions(tmp_path / "q.jsonl", [question("1+1=?", "2"), question("二加二", "4", lang="zh")])
+    common = ("--out_dir", out_dir, "--tokenizer", tokenizer_folder, "--device", "cpu", "--questions", path)
+    status, out, err = run_main(
+        capsys, monkeypatch, *common, "--json", tmp_path / "new" / "scores.json", "--show_wrong", 1
+    )
+    assert status == 0 and err == "" and out.count("expected ") == 1 and "2 questions in" in out
+    scores = json.loads((tmp_path / "new" / "scores.json").read_text(encoding="utf-8"))
+    assert scores["total"] == 2 and scores["stage"] == "full_sft" and len(scores["answers"]) == 2
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["scores.json"]
+    status, out, _ = run_main(capsys, monkeypatch, *common, "--model_mode", 0, "--show_wrong", 0)
+    assert status == 0 and "have not seen the chat format" in out and "expected '" not in out
+    status, _, err = run_main(capsys, monkeypatch, *common, "--max_seq_len", 60)
+    assert status == 2 and "q.jsonl, line 1: the question takes" in err
+
+
+BAD_QUESTIONS = {
+    "empty": (b"\n", "holds no questions"),
+    "array": (json.dumps([question("a", "b")]).encode(), "line 1: expected a JSON object, got list"),
+    "pretty array": (json.dumps([question("a", "b")], indent=1).encode(), "line 1: expected one JSON object per line"),
+    "cut line": (b'{"kind": "x"', "line 1: expected one JSON object per line"),
+    "second line": (json.dumps(question("a", "b")).encode() + b"\n{}\n", 'line 2: expected a text under "kind"'),
+    "not utf-8": (b'{"kind": "\xff"}', "line 1: this is not UTF-8"),
+    "number as answer": (json.dumps(question("a", 3)).encode(), 'under "answer", got 3'),
+    "no turns": (json.dumps({**question("a", "b"), "conversations": []}).encode(), 'turns under "conversations"'),
+    "turn is text": (json.dumps({**question("a", "b"), "conversations": ["a"]}).encode(), "expected turns like"),
+    "wrong role": (json.dumps(question("a", "b", before=({"role": "bot", "content": "x"},))).encode(), "got 'bot'"),
+    "answer in the turns": (
+        json.dumps(
+            {
+                **question("a", "b"),
+                "conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            }
+        ).encode(),
+        "last turn has to be",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_QUESTIONS)
+def test_malformed_questions(tmp_path, name):
+    content, expected = BAD_QUESTIONS[name]
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        eval_model.read_questions(path)
+    assert expected in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_questions_with_a_byte_order_mark_and_blank_lines(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + json.dumps(question("a", "b")).encode()
+        + b"\r\n\r\n"
+        + json.dumps(question("c", "d")).encode()
+    )
+    assert [q["line"] for q in eval_model.read_questions(path)] == [1, 3]

@@ -1,0 +1,237 @@
+"""The full training state on disk: what `--resume` needs to go on bit for bit.
+
+A run folder `out/runs/{stage}_{hidden_size}[_moe]/` holds `step_00000120.pt` (float32 weights, optimiser, scaler,
+progress) and beside it `step_00000120.json` with its SHA-256. The JSON is written last: a state without it, or with
+another checksum, was cut off, and the one before is used.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerFast
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import STAGES, WeightsError, atomic_open, find_weights, load_model, save_weights, weight_path
+from trainer.trainer_utils import Run, UserError
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Rows count over all ranks, so another number of ranks can go on from here."""
+
+    step: int = 0  # updates done
+    epoch: int = 0  # epochs done
+    rows_done: int = 0  # rows of the current epoch that were trained on
+    tokens: int = 0  # real tokens seen
+    skipped_steps: int = 0  # updates left out because of a non-finite gradient
+    skipped_in_a_row: int = 0
+    finished: bool = False
+
+    def advance(self, rows: int, tokens: int) -> None:
+        self.step += 1
+        self.rows_done += rows
+        self.tokens += tokens
+
+    def next_epoch(self) -> None:
+        self.epoch, self.rows_done = self.epoch + 1, 0
+
+    def count_skip(self, finite: bool, allowed_in_a_row: int) -> None:
+        """Notes whether the update was taken.  Raises: UserError with advice after too many were not."""
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped_steps += not finite
+        if self.skipped_in_a_row > allowed_in_a_row:
+            raise UserError(
+                f"the gradient was NaN or infinite in {self.skipped_in_a_row} updates in a row, up to update "
+                f"{self.step}. The weights before them are saved. Try a smaller --learning_rate, more --warmup_iters, "
+                "--dtype float32, and check the data with `python dataset/check_data.py FILE`."
+            )
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_state(folder: Path, state: dict, facts: dict, step: int, keep: int = 2) -> None:
+    """Writes one state atomically and keeps the newest `keep` of them.
+
+    Raises: OSError when the disk is full or read-only; the older states stay.
+    """
+    path = folder / f"step_{step:08d}.pt"
+    with atomic_open(path) as f:
+        torch.save(state, f)
+    with atomic_open(path.with_suffix(".json"), "w") as f:
+        json.dump({"sha256": sha256_of(path), **facts}, f, ensure_ascii=False, indent=2)
+    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
+        old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)
+
+
+def newest_state(folder: Path) -> tuple[Path, dict] | None:
+    """The newest whole state of a run folder and its facts, or None. A damaged one is named and passed over."""
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            whole = facts["sha256"] == sha256_of(path)
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if whole:
+            return path, facts
+        print(f"warning: {path} is incomplete or damaged, trying the state before it", file=sys.stderr)
+    return None
+
+
+def find_run(out_dir: str | Path, stage: str, hidden_size: int | None = None, use_moe: bool | None = None) -> Path:
+    """The run folder of a stage that was written to last, among those of the given size.
+
+    Raises: UserError when there is nothing to resume.
+    """
+    found = []
+    for folder in (Path(out_dir) / "runs").glob(f"{stage}_*"):
+        name = re.fullmatch(rf"{re.escape(stage)}_(\d+)(_moe)?", folder.name)
+        states = list(folder.glob("step_*.pt"))
+        if name and states and hidden_size in (None, int(name[1])) and use_moe in (None, bool(name[2])):
+            found.append((max(state.stat().st_mtime for state in states), folder))
+    if not found:
+        folder = Path(out_dir) / "runs"
+        raise UserError(f"--resume found no saved state of {stage} in {folder}; start without --resume.")
+    return max(found)[1]
+
+
+def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; with `--resume` those of the interrupted run, where the command line does not name them again."""
+    args = parser.parse_args(argv)
+    if args.resume:
+        newest = newest_state(find_run(args.out_dir, stage, args.hidden_size, args.use_moe))
+        if newest is None:
+            raise UserError(f"--resume found only damaged states of {stage} in {args.out_dir}; start without --resume.")
+        kept = {name: value for name, value in newest[1]["args"].items() if name not in ("resume", "out_dir", "device")}
+        parser.set_defaults(**kept)
+        args = parser.parse_args(argv)
+    args.given = {name: value for name, value in vars(args).items() if name != "given"}
+    return args
+
+
+def check_signature(saved: dict, now: dict) -> None:
+    """Raises: UserError naming what differs, when the run could not go on as the same run."""
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise UserError(
+                f"--resume cannot go on: {name} was {saved.get(name)}, now it is {now.get(name)}. "
+                "Use the old value, or start a new run without --resume."
+            )
+
+
+def start_folder(folder: Path) -> None:
+    """Makes an empty run folder. What an earlier run left in it moves to `NAME.previous`, where one run is kept."""
+    if folder.exists() and any(folder.iterdir()):
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+        if any(previous.glob("step_*.pt")):
+            print(f"an earlier run was here; it is kept in {previous} (use --resume to continue a run instead)")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run) -> MiniMindForCausalLM:
+    """The model a stage starts from: the weights named by `--from_weight` (a stage or a file), or a new one.
+
+    Weights know their configuration; a size given on the command line must agree with it.
+    Raises: WeightsError when weights are missing, of another size, or do not fit the tokenizer.
+    """
+    given = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
+    if args.from_weight in (None, "none"):
+        config = MiniMindConfig(
+            hidden_size=args.hidden_size or 512,
+            num_hidden_layers=args.num_hidden_layers or 8,
+            use_moe=bool(args.use_moe),
+            vocab_size=len(tokenizer),
+        )
+        return MiniMindForCausalLM(config).to(run.device).train()
+    path = Path(args.from_weight)
+    if args.from_weight in STAGES:
+        path = find_weights(args.out_dir, args.from_weight, args.hidden_size, args.use_moe)
+    model = load_model(path, run.device, **given)
+    if model.config.vocab_size != len(tokenizer):
+        raise WeightsError(f"{path} has {model.config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they differ.")
+    if run.is_main:
+        print(f"starting from {path}")
+    return model.train()
+
+
+class Keeper:
+    """Saves a run and brings it back: weights for users, full states for `--resume`. Only rank 0 writes."""
+
+    def __init__(self, run: Run, stage: str, args: argparse.Namespace, model: nn.Module, optimizer: Optimizer):
+        self.run, self.stage, self.args, self.model, self.optimizer = run, stage, args, model, optimizer
+        self.weights = weight_path(args.out_dir, stage, model.config)
+        self.folder = Path(args.out_dir) / "runs" / self.weights.stem
+        self.progress = Progress()
+        self.wandb_id: str | None = None
+
+    def restore_or_start(self, data_key: str) -> Progress:
+        """With `--resume` the newest whole state, else an empty run folder.
+
+        Raises: UserError when data, model, global batch or schedule are not those of the saved run.
+        """
+        args = self.args
+        same = "seed max_seq_len epochs total_steps warmup_iters learning_rate weight_decay grad_clip".split()
+        self.signature = {name: getattr(args, name) for name in same} | {
+            "data": data_key,
+            "rows per update": args.batch_size * args.accumulation_steps * self.run.world_size,
+            "model": json.loads(json.dumps(self.model.config.to_diff_dict())),
+        }
+        if not self.args.resume:
+            if self.run.is_main:
+                start_folder(self.folder)
+            return self.progress
+        newest = newest_state(self.folder)
+        if newest is None:
+            raise UserError(f"--resume found no whole state in {self.folder}; start without --resume.")
+        path, facts = newest
+        check_signature(facts["signature"], self.signature)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.run.scaler.load_state_dict(state["scaler"])
+        self.wandb_id = facts.get("wandb_id")
+        self.progress = Progress(**facts["progress"])
+        if self.progress.finished and self.run.is_main:
+            print(f"this run is finished ({self.progress.step} updates); its weights are in {self.weights}")
+        elif self.run.is_main:
+            print(f"resumed at update {self.progress.step}, epoch {self.progress.epoch + 1}, from {path}")
+        return self.progress
+
+    def save(self) -> None:
+        """Weights and full state of this moment.  Raises: OSError, with what was saved before still whole."""
+        if not self.run.is_main:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.run.scaler.state_dict(),
+        }
+        facts = {
+            "progress": asdict(self.progress),
+            "args": self.args.given,
+            "signature": self.signature,
+            "wandb_id": self.wandb_id,
+        }
+        try:
+            save_state(self.folder, state, facts, self.progress.step)
+            save_weights(self.model, self.weights, {"stage": self.stage, "step": self.progress.step})
+        except RuntimeError as error:  # torch reports a full disk from its archive writer
+            message = f"could not save to {self.folder} ({error}). Is the disk full? Older states are whole."
+            raise OSError(message) from error

@@ -1,0 +1,264 @@
+"""What a run tells: a line on the terminal, a JSON line in the run folder, wandb on request, the loss curve as a
+picture."""
+
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from model.weights import atomic_open
+from trainer.checkpoint import Keeper
+from trainer.trainer_utils import Run, UserError
+
+# Dense bf16 (fp16 before Ampere) tensor-core peaks in TFLOP/s from the vendor's data sheets, without sparsity. The
+# first name found in the device name counts. GeForce cards: with float32 accumulation, half their headline figure.
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "A40": 150,
+    "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "A6000": 155, "V100": 125,
+    "T4": 65, "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 98, "RTX 4070": 58, "RTX 3090": 71, "RTX 3080": 60,
+    "RTX 3060": 25,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the card in FLOP/s, None where it is not known (and no MFU is shown)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tera * 1e12 for key, tera in PEAK_TFLOPS.items() if key in name), None)
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token: 6 per weight that takes part, plus attention.
+
+    The PaLM count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): the tied embedding counts once, as the output
+    head; of the routed experts only the k that a token visits count. Attention adds 12·L·D·T for a full row, halved as
+    it is causal.
+    """
+    config = model.config
+    weights = sum(p.numel() for p in model.parameters())
+    if config.use_moe:
+        expert = 3 * config.hidden_size * config.intermediate_size
+        weights -= config.num_hidden_layers * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    return 6 * weights + 6 * config.num_hidden_layers * config.hidden_size * seq_len
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Largest memory so far: on the card, or of the process (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class RunLog:
+    """Collects the figures of a run between two log lines. Only rank 0 writes."""
+
+    def __init__(self, run: Run, stage: str, keeper: Keeper, args: Namespace, model: nn.Module, data: Dataset):
+        self.run, self.stage, self.folder, self.epochs = run, stage, keeper.folder, args.epochs
+        self.total_steps = args.total_steps
+        self.flops = flops_per_token(model, args.max_seq_len)
+        self.peak = peak_flops(run.device)
+        self.wandb = start_wandb(args, stage, keeper.wandb_id) if args.use_wandb and run.is_main else None
+        keeper.wandb_id = self.wandb.id if self.wandb else None
+        if run.is_main:
+            self._announce(args, model, data)
+        self._forget_after(keeper.progress.step)
+        terminal = run.is_main and sys.stderr.isatty()
+        done = keeper.progress.step
+        self.bar = tqdm(total=args.total_steps, initial=done, unit="step", disable=not terminal, leave=False)
+        self._restart()
+
+    def _announce(self, args: Namespace, model: nn.Module, data: Dataset) -> None:
+        """The resolved settings and the arithmetic of a batch, once, before training."""
+        config, run = model.config, self.run
+        rows = args.batch_size * args.accumulation_steps * run.world_size
+        ranks = f" × {run.world_size} ranks" if run.world_size > 1 else ""
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        kind = ", mixture of experts" if config.use_moe else ""
+        lines = [
+            f"model   {parameters:.2f}M parameters, {config.hidden_size} × {config.num_hidden_layers} layers{kind}",
+            f"data    {args.data_path}: {len(data)} rows of {args.max_seq_len} tokens, {data.stats['fill']:.1%} filled",
+            f"batch   {args.batch_size} rows × {args.accumulation_steps} micro-batches{ranks} = {rows} rows, "
+            f"{rows * args.max_seq_len:,} tokens per update",
+            f"plan    {args.total_steps} updates in {args.epochs} epochs, learning rate {args.learning_rate:g} after "
+            f"{args.warmup_iters} updates of warm-up",
+            f"machine {run.device}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if args.compile else 'off'}",
+            f"output  {self.folder}",
+        ]
+        print("\n".join(lines), flush=True)
+
+    def _restart(self) -> None:
+        self.started, self.wait, self.tokens, self.steps = time.perf_counter(), 0.0, 0, 0
+        self.nats = torch.zeros((), device=self.run.device)
+        self.trained = 0
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the records after the resumed step, so that the file tells one uninterrupted run."""
+        path = self.folder / "metrics.jsonl"
+        if self.run.is_main and path.is_file():
+            kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+            with atomic_open(path, "w") as f:
+                f.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def count(self, nats: Tensor, trained: int, tokens: int, waited_seconds: float) -> None:
+        """One update done: summed loss of this rank, trained tokens of all ranks, real tokens of all ranks."""
+        self.nats += nats.detach()
+        self.trained += trained
+        self.tokens += tokens
+        self.wait += waited_seconds
+        self.steps += 1
+        self.bar.update(1)
+
+    def line(self, progress, lr: float, grad_norm: Tensor, aux_loss: float | None = None) -> None:
+        """Prints and stores the figures since the last line. Every rank must call it: the loss is summed over ranks."""
+        nats = self.run.sum_ranks(self.nats.clone()).item()
+        elapsed = time.perf_counter() - self.started
+        rate = self.tokens / elapsed
+        record = {
+            "step": progress.step,
+            "epoch": progress.epoch + 1,
+            "loss": nats / max(self.trained, 1),
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens": progress.tokens,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops / self.run.world_size / self.peak if self.peak else None,
+            "memory_gib": peak_memory_gib(self.run.device),
+            "data_wait": self.wait / elapsed,
+            "skipped_steps": progress.skipped_steps,
+            "eta_seconds": elapsed / max(self.steps, 1) * (self.total_steps - progress.step),
+            "time": time.time(),
+        }
+        if aux_loss is not None:
+            record["aux_loss"] = aux_loss
+        parts = [
+            self.stage,
+            f"epoch {record['epoch']}/{self.epochs}",
+            f"step {progress.step}/{self.total_steps}",
+            f"loss {record['loss']:.4f}",
+            f"lr {lr:.2e}",
+            f"gnorm {record['grad_norm']:.2f}",
+            f"{rate / 1000:.1f}k tok/s",
+            f"mfu {record['mfu']:.0%}" if record["mfu"] is not None else None,
+            f"{record['memory_gib']:.1f} GiB" if record["memory_gib"] is not None else None,
+            f"data {record['data_wait']:.1%}",
+            f"aux {aux_loss:.3f}" if aux_loss is not None else None,
+            f"skipped {progress.skipped_steps}" if progress.skipped_steps else None,
+            f"eta {clock(record['eta_seconds'])}",
+        ]
+        self.write(record, " | ".join(part for part in parts if part))
+        self._restart()
+
+    def write(self, record: dict, text: str) -> None:
+        """One record into the JSON Lines file and wandb, one line onto the terminal."""
+        if not self.run.is_main:
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8", newline="\n") as f:
+            f.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+
+    def validation(self, progress, result: dict[str, float] | None) -> None:
+        """A validation result; the time it took does not count as training time."""
+        if result is not None:
+            text = f"{self.stage} | step {progress.step}/{self.total_steps} | validation loss {result['val_loss']:.4f}"
+            self.write({"step": progress.step, **result}, f"{text} | {result['val_bpb']:.4f} bits per byte")
+
+    def pause(self) -> "Pause":
+        """`with log.pause():` keeps saving and validating out of tokens/s."""
+        return Pause(self)
+
+    def close(self) -> None:
+        """Closes the bar and wandb, and draws the loss curve."""
+        self.bar.close()
+        if self.run.is_main and (picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}")):
+            print(f"loss curve: {picture}")
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Pause:
+    def __init__(self, log: RunLog):
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.log.started += time.perf_counter() - self.entered
+
+
+def finite(value: object) -> object:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def start_wandb(args, stage: str, run_id: str | None):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--use_wandb needs the wandb package: pip install wandb, or leave the flag out.") from None
+    return wandb.init(project=args.wandb_project, name=stage, id=run_id, resume="allow", config=vars(args))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that a power cut left half written is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot_loss(folder: Path, title: str) -> Path | None:
+    """Draws training and validation loss over steps into `loss.png`; None when there is nothing to draw."""
+    records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    if not train:
+        return None
+    try:
+        import matplotlib
+    except ImportError:
+        print("no loss curve: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")  # a picture file, no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot(*zip(*train, strict=True), color="#3b6ea5", linewidth=1.2, label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#c8553d", marker="o", markersize=3.5, linewidth=1.2, label="held out")
+        axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(4, 6), color="#c8553d")
+    axes.set(title=title, xlabel="update", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    path = folder / "loss.png"
+    with atomic_open(path) as f:
+        figure.savefig(f, format="png")
+    plt.close(figure)
+    return path

@@ -1,0 +1,417 @@
+"""Plumbing shared by the trainers: flags, processes, precision, schedule, the order of rows, the optimiser, validation.
+
+The mathematics stays in the scripts; what a learner would skip stands here. Saving and resuming: `checkpoint.py`; log
+lines, JSON Lines, wandb and the loss curve: `run_log.py`.
+
+Dimension legend: B batch · T tokens · V vocabulary.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message says what came, what was expected and what to type."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Calls main; an error the user can put right becomes one line on stderr and exit status 2, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console would otherwise fail on Chinese text
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        hint = "" if type(error) is not ValueError else " [set MINIMIND_TRACEBACK=1 to see where]"
+        print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+class BoolFlag(argparse.BooleanOptionalAction):
+    """`--flag`, `--no-flag`, and the older spelling `--flag True/False/1/0`."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, **kwargs)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        value = not option_string.startswith("--no-")
+        if values is not None:
+            if str(values).lower() not in ("true", "false", "1", "0", "yes", "no"):
+                parser.error(f"{option_string} takes True or False, got {values!r}")
+            value = value == (str(values).lower() in ("true", "1", "yes"))
+        setattr(namespace, self.dest, value)
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Flags that every trainer takes; `defaults` are the stage's own values."""
+    shape = parser.add_argument_group("model (left out: taken from the starting weights, else 512 × 8)")
+    shape.add_argument("--hidden_size", type=int, help="width, for example 768")
+    shape.add_argument("--num_hidden_layers", type=int, help="depth, for example 16")
+    shape.add_argument("--use_moe", action=BoolFlag, help="mixture of experts instead of the dense feed-forward")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", help="JSON Lines file; left out: a known name in dataset/, else the demo data")
+    data.add_argument("--max_seq_len", type=int, help="tokens per row; documents are packed into rows")
+    data.add_argument("--val_ratio", type=float, default=0.01, help="share of the records held out for validation")
+    data.add_argument("--skip_bad_records", action=BoolFlag, default=False, help="count malformed lines, do not stop")
+    data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache")
+    data.add_argument("--num_workers", type=int, help="processes that read rows; default 2 on CUDA, else 0")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--epochs", type=int, help="passes over the data")
+    optim.add_argument("--batch_size", type=int, help="rows per micro-batch on each device")
+    accumulation = "micro-batches per update; default 8, less where that would leave under 1,000 updates"
+    optim.add_argument("--accumulation_steps", type=int, help=accumulation)
+    optim.add_argument("--learning_rate", type=float, help="peak, reached after the warm-up; falls to a tenth of it")
+    optim.add_argument("--warmup_iters", type=int, help="updates of linear warm-up; default 2%% of all, at most 200")
+    optim.add_argument("--weight_decay", type=float, default=0.1, help="on matrices only")
+    optim.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
+    optim.add_argument("--max_steps", type=int, help="stop after this many updates; the schedule is fitted to it")
+    optim.add_argument("--seed", type=int, default=42, help="fixes initialisation, order of rows and dropout")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda, cuda:1, mps or cpu; default the best there is")
+    machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="arithmetic under autocast")
+    machine.add_argument("--compile", action=BoolFlag, help="torch.compile; default on where it pays")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out_dir", default=str(ROOT / "out"), help="weights and run folders, for example out")
+    output.add_argument("--log_interval", type=int, default=10, help="updates between log lines")
+    output.add_argument("--save_interval", type=int, default=100, help="updates between saves")
+    output.add_argument("--val_interval", type=int, default=100, help="updates between validations; 0: only the last")
+    output.add_argument("--val_rows", type=int, default=128, help="held-out rows that a validation reads")
+    output.add_argument("--resume", action=BoolFlag, default=False, help="go on where the last run stopped")
+    output.add_argument("--use_wandb", action=BoolFlag, default=False, help="log to wandb too (offline: WANDB_MODE)")
+    output.add_argument("--wandb_project", default="MiniMind", help="name of the wandb project")
+    parser.set_defaults(**defaults)
+
+
+# ------------------------------------------------------------------------------------------------ process and precision
+
+
+class Run:
+    """One training process among `world_size`: its device, its arithmetic, its share in collectives.
+
+    Started with `python` there is one process; under torchrun one per device (nccl on CUDA, gloo elsewhere).
+    """
+
+    def __init__(self, device: str | None, dtype: str, seed: int):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.seed = seed
+        self.device = torch.device(device or best_device())
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError("--device cuda was given, but torch sees no CUDA device; use --device cpu")
+            if self.world_size > 1:
+                self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        else:
+            # Sums in a fixed order, so that an interrupted run continues bit for bit.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        self.dtype = DTYPES[dtype] if dtype != "auto" else best_dtype(self.device)
+        if self.world_size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # Other ranks wait while rank 0 tokenises a large file, hence the generous limit.
+            dist.init_process_group(backend, timeout=timedelta(hours=4))
+        # float16 starts with a scale that overflows a few times until it fits
+        self.skips_allowed = 25 if self.dtype == torch.float16 else 5
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.seed_step(0)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in the run's dtype, reductions and weights in float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def seed_step(self, step: int) -> None:
+        """Dropout is a function of (seed, step, rank): a resumed run needs no saved generator state."""
+        value = (self.seed * 1_000_003 + step) * 4099 + self.rank
+        torch.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+
+    def sum_ranks(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others, which then find its work done."""
+        if self.world_size > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.world_size > 1 and self.is_main:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module whose forward gets a gradient: DDP averages the gradients over the ranks."""
+        if self.world_size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def sync_only_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """DDP exchanges gradients only in the last micro-batch of an update."""
+        return contextlib.nullcontext() if last or self.world_size == 1 else model.no_sync()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float16 on older CUDA cards, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def compile_pays(run: Run, planned_tokens: int, use_moe: bool) -> bool:
+    """Compiling costs half a minute and needs a compiler; on a CPU the loop over experts would recompile for ever."""
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_capability(run.device) >= (7, 0) and sys.platform != "win32"
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return bool(run.device.type == "cpu" and has_compiler and not use_moe and planned_tokens >= 2_000_000)
+
+
+def compile_and_wrap(
+    raw_model: nn.Module, nll: Callable, run: Run, args: argparse.Namespace
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """The module to train through, and the loss function, compiled where it pays and wrapped for several ranks.
+
+    Compiled cross-entropy never holds the float32 logits; rows have one shape, so nothing is compiled twice.
+    """
+    if args.compile is None:
+        tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
+        args.compile = compile_pays(run, tokens, raw_model.config.use_moe)
+    model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
+    return run.wrap(model), torch.compile(nll, dynamic=False) if args.compile else nll
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM finish the update in hand, save, and leave; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this update, saving first (once more to leave at once)", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def cosine_lr(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.1) -> float:
+    """Learning rate of update `step` (0 … total_steps − 1): linear to the peak, then half a cosine to floor·peak.
+
+    The first update already moves (1/warmup of the peak), the last one runs at the floor. Loshchilov & Hutter 2017,
+    arXiv:1608.03983, without restarts.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
+    """Fills in what the flags left open: accumulation, number of updates, warm-up.
+
+    Raises: UserError when the data gives no row.
+    """
+    if rows == 0:
+        raise UserError(f"{args.data_path}: nothing to train on; check it with `python dataset/check_data.py`.")
+    micro_rows = args.batch_size * run.world_size
+    if args.accumulation_steps is None:
+        args.accumulation_steps = min(8, max(1, args.epochs * rows // (micro_rows * 1000)))
+    updates = args.epochs * math.ceil(rows / (micro_rows * args.accumulation_steps))
+    args.total_steps = min(updates, args.max_steps or updates)
+    if args.warmup_iters is None:
+        args.warmup_iters = min(200, max(1, args.total_steps // 50))
+
+
+def make_optimizer(model: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
+    """Fused AdamW (arXiv:1711.05101), β = (0.9, 0.95); decay pulls on matrices only, never on norm weights."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu"))
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def find_data(given: str | None, known_names: Iterable[str], demo_name: str, run: Run) -> Path:
+    """The file to train on: the given one, else the first known name in dataset/, else the generated demo data."""
+    if given:
+        return Path(given)
+    for name in known_names:
+        if (ROOT / "dataset" / name).is_file():
+            return ROOT / "dataset" / name
+    from dataset.make_demo_data import generate
+
+    with run.main_first():
+        return generate(ROOT / "dataset" / "demo")[demo_name]
+
+
+def load_splits(dataset_class: type[Dataset], args: argparse.Namespace, tokenizer: object, run: Run) -> list[Dataset]:
+    """Training part and held-out part of a file; rank 0 tokenises, the others read its cache."""
+    with run.main_first():
+        return [
+            dataset_class(
+                args.data_path,
+                tokenizer,
+                args.max_seq_len,
+                split=split,
+                val_ratio=args.val_ratio,
+                seed=args.seed,
+                cache_dir=args.cache_dir,
+                skip_bad_records=args.skip_bad_records,
+                show_progress=run.is_main,
+            )
+            for split in ("train", "val")
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------- row order
+
+
+class RowOrder(Sampler):
+    """Which rows form each micro-batch of this rank in one epoch.
+
+    The epoch is one permutation of all rows, drawn from (seed, epoch), cut into global batches of batch_size ×
+    accumulation_steps × world_size consecutive rows. So the rows of an update do not depend on how the global batch is
+    spread over micro-batches and ranks, and "rows done" is all that a resumed run needs to know. The last global batch
+    holds what is left; where it does not fill the micro-batches, -1 asks the dataset for a row of padding.
+    """
+
+    def __init__(self, rows: int, args: argparse.Namespace, run: Run, epoch: int, rows_done: int = 0):
+        self.rows, self.batch_size, self.accumulation_steps = rows, args.batch_size, args.accumulation_steps
+        self.rank, self.world_size = run.rank, run.world_size
+        self.seed, self.rows_done = (run.seed, epoch), rows_done
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.accumulation_steps * self.world_size
+
+    def updates(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yields (rows in the global batch, this rank's micro-batches of row numbers)."""
+        order = np.random.default_rng(self.seed).permutation(self.rows)
+        across_ranks = self.batch_size * self.world_size  # rows of one micro-batch over all ranks
+        for start in range(self.rows_done, self.rows, self.global_batch):
+            chunk = order[start : start + self.global_batch]
+            micros = -(-len(chunk) // across_ranks)
+            padded = np.full(micros * across_ranks, -1, dtype=np.int64)
+            padded[: len(chunk)] = chunk
+            mine = padded.reshape(micros, self.world_size, self.batch_size)[:, self.rank]
+            yield len(chunk), mine.tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _, micros in self.updates():
+            yield from micros
+
+    def __len__(self) -> int:
+        return sum(len(micros) for _, micros in self.updates())
+
+
+def read_updates(
+    dataset: Dataset, order: RowOrder, device: torch.device, num_workers: int | None
+) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+    """Yields, update by update, the number of new rows and the micro-batches on the device."""
+    workers = num_workers if num_workers is not None else (2 if device.type == "cuda" else 0)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, so that reading leaves the random numbers of the run alone
+    )
+    batches = iter(loader)
+    for rows, micros in order.updates():
+        batch = [next(batches) for _ in micros]
+        yield rows, [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    dataset: Dataset,
+    nll: Callable[[Tensor, Tensor], Tensor],
+    run: Run,
+    batch_size: int,
+    max_rows: int,
+    bytes_of: Tensor,
+) -> dict[str, float] | None:
+    """Held-out loss in nats per trained token, and bits per byte of the text those tokens spell; None without rows.
+
+    Bits per byte do not depend on the tokenizer: log2 of the model's probability over UTF-8 bytes (special tokens cost
+    bits but spell no bytes).  Args: nll maps (logits, labels) to per-token nats; bytes_of (V,) bytes of each token.
+    """
+    rows = min(len(dataset), max_rows)
+    if rows == 0:
+        return None
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3)  # nats, tokens, bytes
+    mine = list(range(run.rank, rows, run.world_size))
+    for start in range(0, len(mine), batch_size):
+        items = [dataset[row] for row in mine[start : start + batch_size]]
+        batch = {k: torch.stack([item[k] for item in items]).to(run.device) for k in items[0]}
+        labels = batch.pop("labels")
+        with run.autocast():
+            nats = nll(model(**batch).logits, labels)
+        trained = labels[:, 1:][labels[:, 1:] >= 0].cpu()
+        totals += torch.tensor([nats.sum().item(), trained.numel(), bytes_of[trained].sum().item()])
+    model.train(was_training)
+    nats, tokens, text_bytes = run.sum_ranks(totals.to(run.device)).tolist()
+    return {"val_loss": nats / max(tokens, 1), "val_bpb": nats / math.log(2) / max(text_bytes, 1)}
