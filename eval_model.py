@@ -209,13 +209,18 @@ def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
 
 
 class Painter:
-    """Writes an answer as it comes; with colour, a thought (`<think>…</think>`) is dimmed."""
+    """Writes an answer as it comes; with colour, a thought (`<think>…</think>`) is dimmed.
+
+    Control characters, which an untrained model may well say, would garble the terminal and are shown as U+FFFD.
+    """
+
+    CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
     def __init__(self, out: TextIO, colour: bool, thinking: bool):
         self.out, self.colour, self.thinking = out, colour, thinking
 
     def write(self, text: str) -> None:
-        for part in re.split(r"(</?think>)", text):
+        for part in re.split(r"(</?think>)", self.CONTROL.sub("\ufffd", text)):
             self.thinking = self.thinking or part == "<think>"
             if part:
                 self.out.write(f"\033[2m{part}\033[0m" if self.colour and self.thinking else part)
@@ -552,6 +557,7 @@ def line_reader(commands: Sequence[str] = ()) -> Callable[[], str]:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.shortcuts import CompleteStyle
     except ImportError:
         return lambda: input("> ")
     path = Path.home() / ".minimind_history"
@@ -560,7 +566,10 @@ def line_reader(commands: Sequence[str] = ()) -> Callable[[], str]:
         history = FileHistory(str(path))
     except OSError:  # a read-only home: the history lasts as long as the chat
         history = InMemoryHistory()
-    session = PromptSession(history=history, completer=WordCompleter(list(commands), sentence=True))
+    session = PromptSession(
+        history=history, completer=WordCompleter(list(commands), sentence=True), complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,  # a menu would keep eight empty lines under the prompt
+    )
     return lambda: session.prompt("> ")
 
 
@@ -571,6 +580,7 @@ def run_manual(chat: Chat, read: Callable[[], str], first: str = "") -> None:
         try:
             line = read()
         except EOFError:
+            print(file=chat.out)
             break
         except KeyboardInterrupt:
             chat.note("[Ctrl-D or /exit leaves]")
@@ -734,7 +744,11 @@ def run_questions(
     batch_size: int,
     show_wrong: int,
 ) -> dict:
-    """Scores a test file, prints the table and some wrong answers, and returns the figures with every reply."""
+    """Scores a test file, prints the table and some wrong answers, and returns the figures with every reply.
+
+    The prompt ends as training had it, in the bare assistant header, unless `enable_thinking` says otherwise: the empty
+    think block of "off" is something a model without reasoning data has never seen.
+    """
     from tqdm import tqdm
 
     from dataset.make_demo_data import is_right
@@ -743,7 +757,7 @@ def run_questions(
     front = [{"role": "system", "content": system}] if system else []
     prompts = []
     for q in questions:
-        ids = chat_ids(tokenizer, front + q["conversations"], bool(settings.enable_thinking))
+        ids = chat_ids(tokenizer, front + q["conversations"], settings.enable_thinking)
         if len(ids) + settings.max_new_tokens > settings.max_seq_len:
             raise UserError(
                 f"{path}, line {q['line']}: the question takes {len(ids)} tokens; with max_new_tokens "
@@ -760,7 +774,7 @@ def run_questions(
 
     results = []
     for q, reply in zip(questions, replies, strict=True):
-        _, said = split_thinking(reply, opened=bool(settings.enable_thinking) and "<think>" not in reply)
+        _, said = split_thinking(reply, opened=settings.enable_thinking is True)
         results.append({**q, "reply": reply, "right": is_right(said, q)})
     scores = tally(results)
     print(score_table(scores))
@@ -802,7 +816,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = group.add_mutually_exclusive_group().add_argument
     add("--mode", choices=("auto", "manual"), help="auto: built-in prompts, manual: chat (asks)")
     add("--prompt", metavar="TEXT", help="answer this and leave; remarks go to standard error")
-    add("--questions", type=Path, metavar="FILE", help="score a test file: greedy, no thinking unless asked for")
+    add("--questions", type=Path, metavar="FILE", help="score a test file: greedy, a thought does not count")
     add = group.add_argument
     add("--system", default="", metavar="TEXT", help="system turn in front of every conversation (none)")
     add("--batch_size", type=int, default=64, help="questions scored at a time (64)")
@@ -945,11 +959,15 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer, settings, continues_text=continues_text, system=args.system, colour=colour,
         notes=sys.stderr if one_shot else sys.stdout,
     )
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    chat.note(
-        f"{path}{' + LoRA ' + args.lora_name if args.lora_name else ''} · {stage or 'chat'} · {size:.2f}M parameters · "
-        f"{device} {str(model.dtype).removeprefix('torch.')}" + ("" if args.questions else f" · seed {settings.seed}")
-    )
+    facts = [
+        f"{shown} + LoRA {args.lora_name}" if args.lora_name else str(shown),
+        stage or "chat",
+        f"{size:.2f}M parameters",
+        f"{device} {str(model.dtype).removeprefix('torch.')}",
+    ]
+    chat.note(" · ".join(facts if args.questions else [*facts, f"seed {settings.seed}"]))
     if args.questions:
         if continues_text:
             chat.note("[pretrained weights have not seen the chat format: expect little of the scores]")
@@ -982,8 +1000,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, 2 after an error, 130 after Ctrl-C."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Windows: a pipe or an old console may have another encoding
-        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a pipe or a Windows console may have another encoding
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
     transformers_logging.disable_progress_bar()

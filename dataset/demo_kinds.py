@@ -19,7 +19,7 @@ KINDS = (
     "counting", "memory", "story",
 )
 TESTS_PER_KIND = 24  # in each language
-MAX_ADDEND, MAX_MINUEND, MAX_COMPARED, MAX_SORTED, MAX_COUNT = 20, 20, 99, 50, 9
+MAX_ADDEND, MAX_COMPARED, MAX_SORTED, MAX_COUNT = 10, 99, 50, 7
 GAP = {"en": " ", "zh": ""}  # between two sentences
 COMMA = {"en": ", ", "zh": "、"}  # between the parts of a list
 PEOPLE_SLOTS = {  # what is held back for each person: one value of each of these
@@ -111,8 +111,10 @@ LISTED: dict[str, Callable[[str], Iterator[tuple[str, Item]]]] = {
 def sum_item(rng: random.Random, lang: str, pair: tuple[int, int], kind: str = "addition") -> Item:
     a, b = pair
     things = rng.choice(world.COUNTED["plural" if lang == "en" else lang])
-    texts = world.ADDITION if kind == "addition" else world.SUBTRACTION
-    question = fill(rng.choice(texts["ask"][lang]), a=a, b=b, t=things)
+    asks = (world.ADDITION if kind == "addition" else world.SUBTRACTION)["ask"][lang]
+    if min(a, b) < 2:  # "I have 1 apples"
+        asks = [ask for ask in asks if "{t}" not in ask]
+    question = fill(rng.choice(asks), a=a, b=b, t=things)
     return Item(kind, lang, (question,), str(a + b if kind == "addition" else a - b))
 
 
@@ -161,7 +163,7 @@ def phrase_item(rng: random.Random, lang: str, combination: tuple[int, int]) -> 
 
 COMBINED: dict[str, tuple[list[tuple[int, ...]], Callable[..., Item]]] = {  # every combination, and its item
     "addition": ([(a, b) for a in range(MAX_ADDEND + 1) for b in range(MAX_ADDEND + 1)], sum_item),
-    "subtraction": ([(a, b) for a in range(MAX_MINUEND + 1) for b in range(a + 1)], difference_item),
+    "subtraction": ([(a + b, b) for a in range(MAX_ADDEND + 1) for b in range(MAX_ADDEND + 1)], difference_item),
     "comparison": (list(itertools.combinations(range(MAX_COMPARED + 1), 2)), comparison_item),
     "sorting": (list(itertools.combinations(range(1, MAX_SORTED + 1), 3)), sorting_item),
     "counting": ([(t, n) for t in range(len(world.COUNTED["en"])) for n in range(2, MAX_COUNT + 1)], counting_item),
@@ -173,16 +175,22 @@ COMBINED: dict[str, tuple[list[tuple[int, ...]], Callable[..., Item]]] = {  # ev
 # --- Kinds about people ---
 
 
-def memory_item(rng: random.Random, lang: str, name: str, slot: str, value: str, between: list[Item]) -> Item:
-    """The user tells the name and something else, asks `between`, then asks for one of the two."""
-    said, *asked = world.MEMORY[slot][lang]
+def memory_item(
+    rng: random.Random, lang: str, name: str, things: dict[str, str], between: list[Item], recalls: int = 1
+) -> Item:
+    """The user tells the name and `things` (slot -> value), asks `between`, then asks for `recalls` of what was told."""
     greetings, name_questions = world.MEMORY_NAME[lang]
-    hello, told = rng.choice(greetings).format(n=name), said.format(v=value)
     nice, noted = world.MEMORY_REPLY["name"][lang].format(n=name), world.MEMORY_REPLY["value"][lang]
-    start = rng.choice(((hello + GAP[lang] + told, nice), (hello, nice, told, noted), (told, noted, hello, nice)))
-    question, answer = rng.choice(((rng.choice(asked), value), (rng.choice(name_questions), name)))
-    middle = [text for item in between for text in (*item.turns, item.answer)]
-    return Item("memory", lang, (*start, *middle, question), answer)
+    told = [(world.MEMORY[slot][lang][0].format(v=value), noted) for slot, value in things.items()]
+    told.insert(rng.randrange(len(told) + 1), (rng.choice(greetings).format(n=name), nice))
+    if rng.random() < 0.4:  # all in one turn
+        told = [(GAP[lang].join(said for said, _ in told), nice)]
+    questions = [(rng.choice(name_questions), name)]
+    questions += [(rng.choice(world.MEMORY[slot][lang][1:]), value) for slot, value in things.items()]
+    told += [(item.turns[0], item.answer) for item in between]
+    told += rng.sample(questions, min(recalls, len(questions)))
+    *turns, answer = itertools.chain.from_iterable(told)
+    return Item("memory", lang, tuple(turns), answer)
 
 
 @dataclass(frozen=True)
@@ -195,12 +203,16 @@ class Told:
     slots: dict[str, str]
     asks: list[tuple[str, str, str]]
 
-    def item(self, ask: tuple[str, str, str]) -> Item:
-        question, template, _ = ask
-        answer = fill(template, **self.slots)
-        if template not in ("{n}", "{m}"):
-            answer = answer[:1].lower() + answer[1:]
-        return Item("story", self.lang, (self.text + GAP[self.lang] + fill(question, **self.slots),), answer)
+    def item(self, asks: list[tuple[str, str, str]]) -> Item:
+        """The story with its first question in one turn, then the other questions one by one."""
+        turns: list[str] = []
+        for question, template, _ in asks:
+            answer = fill(template, **self.slots)
+            if template not in ("{n}", "{m}"):
+                answer = answer[:1].lower() + answer[1:]
+            turns += [fill(question, **self.slots), answer]
+        turns[0] = self.text + GAP[self.lang] + turns[0]
+        return Item("story", self.lang, tuple(turns[:-1]), turns[-1])
 
 
 def tell(rng: random.Random, lang: str, story: world.Story, **fixed: str) -> Told:
@@ -221,14 +233,17 @@ class DemoWorld:
         self.seed = seed
         self.tests: dict[tuple[str, str], list[Item]] = {}
         self.listed: dict[tuple[str, str], list[Item]] = {}  # the listed kinds without their tests
-        self.held: dict[str, set[tuple[int, ...]]] = {}  # combinations of the COMBINED kinds
-        self.free: dict[str, list[tuple[int, ...]]] = {}  # the others
+        self.held: dict[str, set[tuple[int, ...]]] = {}  # combinations of the COMBINED kinds, of either language
+        self.free: dict[tuple[str, str], list[tuple[int, ...]]] = {}  # what may be asked in each language's training
         self.people = {lang: self._held_people(lang) for lang in LANGS}
         for lang in LANGS:
             for kind in LISTED:
                 self._split(kind, lang, TESTS_PER_KIND // 2 if kind == "words" else TESTS_PER_KIND)
         for kind in COMBINED:
-            self._hold(kind, TESTS_PER_KIND // 2 if kind == "phrases" else TESTS_PER_KIND)
+            if kind in ("addition", "subtraction"):
+                self._hold_sums(kind)
+            else:
+                self._hold(kind, TESTS_PER_KIND // 2 if kind == "phrases" else TESTS_PER_KIND)
         for lang in LANGS:
             self.tests["translation", lang] = self.tests.pop(("words", lang)) + self.tests.pop(("phrases", lang))
             self.tests["memory", lang] = self._memory_tests(lang)
@@ -242,29 +257,49 @@ class DemoWorld:
     def _split(self, kind: str, lang: str, count: int) -> None:
         """Holds back `count` phrasings of as many subjects as there are; each keeps most of its phrasings."""
         combinations = list(LISTED[kind](lang))
+        plain = {way for ways, _ in world.IDENTITY[lang] for way in ways}  # these are part of the prefixed questions
         limit = -(-count // len({subject for subject, _ in combinations}))
         taken: dict[str, int] = {}
         test: set[int] = set()
         for index in self.rng("split", kind, lang).sample(range(len(combinations)), len(combinations)):
             subject = combinations[index][0]
-            if len(test) < count and taken.get(subject, 0) < limit:
+            question = combinations[index][1].turns[-1]
+            if len(test) < count and taken.get(subject, 0) < limit and question not in plain:
                 taken[subject] = taken.get(subject, 0) + 1
                 test.add(index)
         self.tests[kind, lang] = [combinations[index][1] for index in sorted(test)]
         self.listed[kind, lang] = [item for index, (_, item) in enumerate(combinations) if index not in test]
 
     def _hold(self, kind: str, count: int) -> None:
-        """Holds back `count` combinations in both languages; those of a sum in both orders."""
+        """Holds back `count` combinations, the same in both languages."""
         combinations, make = COMBINED[kind]
         rng = self.rng("hold", kind)
-        distinct = sorted({tuple(sorted(c)) for c in combinations}) if kind == "addition" else combinations
-        chosen = rng.sample([c for c in distinct if min(c) > 0 or kind == "phrases"], count)
-        both = {c[::-1] for c in chosen} if kind == "addition" else set()
-        self.held[kind] = {*chosen, *both}
-        self.free[kind] = [c for c in combinations if c not in self.held[kind]]
+        chosen = rng.sample(combinations, count)
+        self.held[kind] = set(chosen)
         for lang in LANGS:
-            orders = [rng.sample(c, 2) if kind == "addition" else c for c in chosen]
-            self.tests[kind, lang] = [make(rng, lang, tuple(c)) for c in orders]
+            self.tests[kind, lang] = [make(rng, lang, combination) for combination in chosen]
+            self.free[kind, lang] = [c for c in combinations if c not in self.held[kind]]
+
+    def _hold_sums(self, kind: str) -> None:
+        """Holds back a part of the small table of sums, another part in each language, and asks it twice.
+
+        A pair of one language's test (in both orders) is met in the other language's questions only; no text of the
+        pretraining has it.
+        """
+        combinations, make = COMBINED[kind]
+        rng = self.rng("hold", kind)
+        distinct = [c for c in combinations if min(c) > 1 and c[0] != c[1] and (kind == "subtraction" or c[0] < c[1])]
+        chosen = rng.sample(distinct, TESTS_PER_KIND)
+        self.held[kind] = set()
+        for lang, pairs in zip(LANGS, (chosen[::2], chosen[1::2]), strict=True):
+            own = {*pairs, *((b, a) for a, b in pairs)} if kind == "addition" else set(pairs)
+            self.held[kind] |= own
+            self.free[kind, lang] = [c for c in combinations if c not in own]
+            tests: dict[Item, None] = {}  # in the order made, each once
+            while len(tests) < TESTS_PER_KIND:
+                a, b = pairs[len(tests) // 2]
+                tests[make(rng, lang, (b, a) if kind == "addition" and len(tests) % 2 else (a, b))] = None
+            self.tests[kind, lang] = list(tests)
 
     def _held_people(self, lang: str) -> dict[str, dict[str, str]]:
         rng = self.rng("people", lang)
@@ -282,7 +317,7 @@ class DemoWorld:
         for index, name in enumerate(rng.sample(world.NAMES[lang], TESTS_PER_KIND)):
             slot = list(world.MEMORY)[index % len(world.MEMORY)]
             between = rng.sample(self.listed["facts", lang] + self.listed["calendar", lang], 1)
-            tests.append(memory_item(rng, lang, name, slot, people[name][slot], between))
+            tests.append(memory_item(rng, lang, name, {slot: people[name][slot]}, between))
         return tests
 
     def _story_tests(self, lang: str) -> list[Item]:
@@ -293,7 +328,7 @@ class DemoWorld:
             story, ask = asks[index % len(asks)]
             person, slot = ask[2].split()
             told = tell(rng, lang, story, **{person: name, slot: self.people[lang][name][STORY_SLOTS[slot]]})
-            tests.append(told.item(ask))
+            tests.append(told.item([ask]))
         return tests
 
     # --- What training may use ---
@@ -318,8 +353,10 @@ class DemoWorld:
 
     def _memory(self, rng: random.Random, lang: str) -> Item:
         while True:
-            between = rng.sample(self.small_questions(lang), rng.choice((0, 1, 1, 2)))
-            item = memory_item(rng, lang, *self.person(rng, lang), between)
+            name, *thing = self.person(rng, lang)
+            _, *other = self.person(rng, lang)
+            between = rng.sample(self.small_questions(lang), rng.choice((0, 1)))
+            item = memory_item(rng, lang, name, dict((thing, other)[: rng.choice((1, 2))]), between, recalls=3)
             if not self.joins_held(" ".join((*item.turns, item.answer)), lang):
                 return item
 
@@ -330,11 +367,11 @@ class DemoWorld:
             return [self._memory(rng, lang) for _ in range(count)]
         if kind == "story":
             stories = (self.story(rng, lang) for _ in range(count))
-            return [told.item(rng.choice(told.asks)) for told in stories]
+            return [told.item(rng.sample(told.asks, rng.choice((2, 3, 4)))) for told in stories]
         if kind in LISTED:
             return list(itertools.islice(rounds(rng, self.listed[kind, lang]), count))
         make = COMBINED[kind][1]
-        return [make(rng, lang, c) for c in itertools.islice(rounds(rng, self.free[kind]), count)]
+        return [make(rng, lang, c) for c in itertools.islice(rounds(rng, self.free[kind, lang]), count)]
 
     def prose(self, kind: str, lang: str, count: int) -> list[str]:
         """`count` sentences (for people: little texts) that tell the same world without questions put to anybody."""
@@ -345,8 +382,8 @@ class DemoWorld:
             stories = (self.story(rng, lang) for _ in range(count))
             return [told.text + GAP[lang] + told.recap for told in stories]
         if kind in COMBINED:
-            combinations = itertools.islice(rounds(rng, self.free[kind]), count)
-            return [combined_prose(rng, kind, lang, c) for c in combinations]
+            free = [c for c in self.free[kind, lang] if c not in self.held[kind]]
+            return [combined_prose(rng, kind, lang, c) for c in itertools.islice(rounds(rng, free), count)]
         return list(itertools.islice(rounds(rng, listed_prose(kind, lang)), count))
 
     def _memory_prose(self, rng: random.Random, lang: str) -> str:

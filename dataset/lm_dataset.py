@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,10 +57,11 @@ __all__ = [
 
 IGNORE = -100  # label of a token that is not trained on (the default ignore_index of cross entropy)
 ROLES = ("system", "user", "assistant", "tool")
+REASONED = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 PACK_VERSION = 1
 RELEASE_TOKENS = 1 << 24  # read this many tokens, then hand the mapped pages back
 
-# ---- record formats ----------------------------------------------------------------------------------------------------
+# ---- record formats ------------------------------------------------------------------------------
 
 
 def parse_text(record: dict) -> str:
@@ -81,8 +83,8 @@ def parse_text(record: dict) -> str:
 def parse_conversation(turns: Any, key: str = "conversations") -> tuple[list[dict], list[dict] | None]:
     """Checks the turns of one record and gives (messages, tools) as the chat template takes them.
 
-    Turns without any `role` alternate user / assistant. `tools` (first system turn) and `tool_calls` (assistant turns) may be
-    JSON strings; they come out parsed. Keys the format does not know are left out.
+    Turns without any `role` alternate user / assistant. `tools` (first system turn) and `tool_calls` (assistant turns)
+    may be JSON strings; they come out parsed. Keys the format does not know are left out.
 
     Raises:
         ValueError: with the reason.
@@ -104,14 +106,13 @@ def parse_conversation(turns: Any, key: str = "conversations") -> tuple[list[dic
             raise ValueError(f'{where}: key "role" is missing (keys: {_keys(turn)}) while other turns have one')
         role = ("user", "assistant")[i % 2] if roleless else turn["role"]
         if role not in ROLES:
-            raise ValueError(
-                f"{where}: role {json.dumps(role, ensure_ascii=False)}; expected one of {', '.join(ROLES)}"
-            )
+            raise ValueError(f"{where}: the role is {_quote(role)}; expected one of {', '.join(ROLES)}")
         if role == "system" and i:
             raise ValueError(f"{where}: a system turn; expected it first or not at all")
         if "content" not in turn and not turn.get("tool_calls"):
             raise ValueError(
-                f'{where}: key "content" is missing (keys: {_keys(turn)}); expected {{"role": "{role}", "content": "…"}}'
+                f'{where}: key "content" is missing (keys: {_keys(turn)}); '
+                f'expected {{"role": "{role}", "content": "…"}}'
             )
         content = turn.get("content")
         if content is None and turn.get("tool_calls"):
@@ -160,6 +161,90 @@ def parse_sft(record: dict) -> tuple[list[dict], list[dict] | None]:
     return messages, tools
 
 
+def parse_reason(record: dict) -> tuple[list[dict], list[dict] | None]:
+    """As parse_sft; each answer is `<think>…</think>` and `<answer>…</answer>`, or carries `reasoning_content`.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    messages, tools = parse_sft(record)
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant" and not m.get("reasoning_content") and not REASONED.fullmatch(m["content"].strip()):
+            raise ValueError(
+                f"turn {i + 1}: the answer begins {_quote(m['content'][:40])}; expected the form "
+                "<think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>"
+            )
+    return messages, tools
+
+
+def parse_dpo(record: dict) -> tuple[list[dict], list[dict], list[dict] | None]:
+    """(chosen, rejected, tools) of a preference record: the same turns up to two different last answers.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for key in ("chosen", "rejected"):
+        if key not in record:
+            raise ValueError(
+                f'key "{key}" is missing (keys: {_keys(record)}); expected {{"chosen": […], "rejected": […]}}'
+            )
+    sides = []
+    for key in ("chosen", "rejected"):
+        try:
+            messages, tools = parse_conversation(record[key], key)
+        except ValueError as e:
+            raise ValueError(f'"{key}": {e}') from None
+        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise ValueError(f'"{key}" ends with {_quote(messages[-1])}; expected an assistant turn with a content')
+        sides.append((messages, tools))
+    (chosen, tools), (rejected, other_tools) = sides
+    if chosen[:-1] != rejected[:-1] or tools != other_tools:
+        raise ValueError('"chosen" and "rejected" differ before the last answer; expected the same prompt in both')
+    if len(chosen) < 2:
+        raise ValueError('"chosen" has no prompt; expected a user turn before the answer')
+    if chosen[-1] == rejected[-1]:
+        raise ValueError('"chosen" and "rejected" are equal; expected two different answers')
+    return chosen, rejected, tools
+
+
+def parse_rl(record: dict) -> tuple[list[dict], list[dict] | None, str | None]:
+    """(prompt messages, tools, answer) for GRPO and PPO: the last assistant turn, empty or not, is left out.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if "conversations" not in record:
+        raise ValueError(
+            f'key "conversations" is missing (keys: {_keys(record)}); expected '
+            '{"conversations": [{"role": "user", "content": "…"}], "answer": "…"}'
+        )
+    messages, tools = parse_conversation(record["conversations"])
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError("nothing to answer: expected a user turn before the last assistant turn")
+    answer = record.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float, type(None))):
+        raise ValueError(f'"answer" is {_kind(answer)}; expected a string or a number')
+    return messages, tools, None if answer is None else str(answer)
+
+
+def parse_choice(record: dict) -> dict[str, str]:
+    """The six strings of a multiple-choice question, `subject` too when it is there.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for key in ("question", "A", "B", "C", "D", "answer"):
+        if key not in record:
+            raise ValueError(f'key "{key}" is missing (keys: {_keys(record)}); expected question, A, B, C, D, answer')
+        if not isinstance(record[key], str) or (key in ("question", "answer") and not record[key].strip()):
+            raise ValueError(f'"{key}" is {_quote(record[key])}; expected a string that is not empty')
+    if record["answer"].strip() not in ("A", "B", "C", "D"):
+        raise ValueError(f'"answer" is {_quote(record["answer"])}; expected A, B, C or D')
+    return {k: record[k] for k in ("subject", "question", "A", "B", "C", "D", "answer") if k in record}
+
+
 def _json_list(value: Any, what: str) -> list[dict]:
     """A list of objects, given as such or as a JSON string."""
     if isinstance(value, str):
@@ -188,6 +273,11 @@ def _tool_call(call: dict, where: str) -> dict:
     return {"name": name, "arguments": arguments}
 
 
+def _quote(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
 def _keys(record: dict) -> str:
     keys = list(record)
     return ", ".join(map(str, keys[:8])) + (", …" if len(keys) > 8 else "") if keys else "none"
@@ -198,7 +288,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-# ---- tokens and the mask -----------------------------------------------------------------------------------------------
+# ---- tokens and the mask -------------------------------------------------------------------------
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
@@ -215,30 +305,31 @@ def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
 def encode_conversations(conversations: Sequence[Any], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tokens of whole conversations and which of them are trained on: THE assistant mask of the project.
 
-    Each conversation is a list of turns as it stands in a file. The chat template renders it; what the template puts between
-    `{% generation %}` and `{% endgeneration %}` is trained on: all that the assistant writes, its closing <|im_end|> included.
+    Each conversation is a list of turns as it stands in a file. The chat template renders it; what the template puts
+    between `{% generation %}` and `{% endgeneration %}` is trained on: all that the assistant writes, its closing
+    <|im_end|> included.
 
-    A control token (<|im_start|>, <|im_end|>, <|endoftext|>) written out inside a content is encoded as ordinary text, so that
-    no content can forge a turn. <think> and the other marks of the format are allowed in contents and stay single tokens.
+    A control token (<|im_start|>, <|im_end|>, <|endoftext|>) written out inside a content is encoded as ordinary text,
+    so that no content can forge a turn. <think> and the other marks of the format are allowed in contents and stay
+    single tokens.
 
     Returns:
         ids: per conversation an int64 array (T_i,); trained: per conversation a bool array (T_i,).
     Raises:
         ValueError: a malformed conversation, or a template without generation markers.
     """
-    return _encode_rendered([_render(*parse_conversation(turns), tokenizer) for turns in conversations], tokenizer)
+    return encode_rendered(
+        [render_conversation(*parse_conversation(turns), tokenizer) for turns in conversations], tokenizer
+    )
 
 
-def _render(messages: list[dict], tools: list[dict] | None, tokenizer: Any) -> tuple[str, list[tuple[int, int]], str]:
-    """(text, character spans the assistant wrote, mark): control tokens from the contents stand between two marks, '' if none."""
+def render_conversation(
+    messages: list[dict], tools: list[dict] | None, tokenizer: Any
+) -> tuple[str, list[tuple[int, int]], str]:
+    """(text, character spans the assistant wrote, mark). A control token out of a content stands between two marks."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = tokenizer.chat_template
-    if not isinstance(template, str) or "generation" not in template:
-        raise DataError(
-            "the tokenizer's chat template has no {% generation %} markers, from which the mask of trained tokens is made"
-        )
     mark = ""
     controls = _control_tokens(tokenizer)
     if _mentions((messages, tools), controls):
@@ -248,7 +339,7 @@ def _render(messages: list[dict], tools: list[dict] | None, tokenizer: Any) -> t
         texts, spans = render_jinja_template(
             [messages],
             tools=tools,
-            chat_template=template,
+            chat_template=tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
@@ -257,46 +348,56 @@ def _render(messages: list[dict], tools: list[dict] | None, tokenizer: Any) -> t
     return texts[0], spans[0], mark
 
 
-def _encode_rendered(
+def encode_rendered(
     rendered: Sequence[tuple[str, list[tuple[int, int]], str]], tokenizer: Any
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rendered conversations → tokens and mask. All pieces of a batch go to the tokenizer together."""
-    pieces: list[list[str]] = [
-        text.split(mark) if mark else [text] for text, _, mark in rendered
-    ]  # odd ones: from contents
-    with plain_backend(tokenizer) as backend:
-        even = iter(backend.encode_batch([p for ps in pieces for p in ps[0::2]], add_special_tokens=False))
-    with plain_backend(tokenizer, controls_as_text=True) as backend:
-        odd = iter(backend.encode_batch([p for ps in pieces for p in ps[1::2]], add_special_tokens=False))
+    """Rendered conversations → (ids, trained), as encode_conversations gives them.
+
+    What the assistant writes is tokenised apart from the header before it, as it is when the model generates: else an
+    answer that begins with a newline would share a token with the header. All pieces of a batch are tokenised together.
+    """
+    pieces = [_pieces(*one) for one in rendered]
+    encodings = {}
+    for as_text in (False, True):
+        texts = [text for ps in pieces for _, text, literal in ps if literal == as_text]
+        with plain_backend(tokenizer, controls_as_text=as_text) as backend:
+            encodings[as_text] = iter(backend.encode_batch(texts, add_special_tokens=False))
     all_ids, all_trained = [], []
-    for ps, (_, spans, mark) in zip(pieces, rendered, strict=True):
+    for ps, (_, spans, _) in zip(pieces, rendered, strict=True):
         ids: list[int] = []
-        trained_ranges = []
-        start = 0  # of the piece, in characters of the rendered text
-        for i, piece in enumerate(ps):
-            encoding = next(odd if i % 2 else even)
+        ranges = []  # of trained tokens
+        for start, text, literal in ps:
+            encoding = next(encodings[literal])
             for a, z in spans:
-                a, z = max(a - start, 0), min(z - start, len(piece))
-                if a < z:
-                    trained_ranges.append(
-                        (len(ids) + encoding.char_to_token(a), len(ids) + _token_after(encoding, z, len(piece)))
-                    )
+                if a <= start < z:  # pieces begin where spans begin, so a span covers a piece from its first token on
+                    ranges.append((len(ids), len(ids) + _tokens_before(encoding, z - start, len(text))))
             ids += encoding.ids
-            start += len(piece) + len(mark)
         trained = np.zeros(len(ids), dtype=bool)
-        for a, z in trained_ranges:
+        for a, z in ranges:
             trained[a:z] = True
         all_ids.append(np.array(ids, dtype=np.int64))
         all_trained.append(trained)
     return all_ids, all_trained
 
 
-def _token_after(encoding: Any, z: int, n_chars: int) -> int:
-    """Index of the first token that holds nothing of the characters before z."""
-    if z == n_chars:
+def _pieces(text: str, spans: list[tuple[int, int]], mark: str) -> list[tuple[int, str, bool]]:
+    """(start, text, literal): what is tokenised apart. Literal pieces are control tokens written out in a content."""
+    starts = sorted({0, *(a for a, _ in spans)})
+    out = []
+    for at, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        for i, part in enumerate(text[at:end].split(mark) if mark else [text[at:end]]):
+            if part:
+                out.append((at, part, i % 2 == 1))
+            at += len(part) + len(mark)
+    return out
+
+
+def _tokens_before(encoding: Any, z: int, n_chars: int) -> int:
+    """Number of tokens that hold something of the first z characters."""
+    if z >= n_chars:
         return len(encoding.ids)
-    # The token of character z may have begun before it (then it counts as trained), and character z - 1 may be
-    # spread over several tokens, of which char_to_token gives the first: hence both.
+    # A token may hold characters on both sides of z, and character z - 1 may be spread over several tokens, of which
+    # char_to_token gives the first: hence both.
     return max(encoding.char_to_token(z), encoding.char_to_token(z - 1) + 1)
 
 
@@ -334,21 +435,21 @@ def _encode_prepared_texts(texts: list[str], tokenizer: Any) -> tuple[list[np.nd
 
 
 def _prepare_sft(record: dict, tokenizer: Any) -> tuple[str, list[tuple[int, int]], str]:
-    return _render(*parse_sft(record), tokenizer)
+    return render_conversation(*parse_sft(record), tokenizer)
 
 
 PRETRAIN = RecordFormat("pretrain", _prepare_text, _encode_prepared_texts, masked=False)
-SFT = RecordFormat("sft", _prepare_sft, _encode_rendered, masked=True)
+SFT = RecordFormat("sft", _prepare_sft, encode_rendered, masked=True)
 
 
-# ---- packing -----------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def pack_best_fit(lengths: np.ndarray, max_seq_len: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Best-fit decreasing bin packing: longest segment first, each into the fullest row that still has room for it.
 
-    Segments of one length are interchangeable, so they are placed together: work grows with the number of distinct lengths,
-    not of segments. Johnson (1973); for language-model rows Ding et al. 2024, arXiv:2404.10830.
+    Segments of one length are interchangeable, so they are placed together: the work grows with the number of distinct
+    lengths, not of segments. For rows of a language model: Ding et al. 2024, arXiv:2404.10830.
 
     Args:
         lengths: (S,) tokens per segment, each in 1 … max_seq_len.
@@ -357,7 +458,9 @@ def pack_best_fit(lengths: np.ndarray, max_seq_len: int, rng: np.random.Generato
         order: (S,) segment numbers, row by row; rows: (R + 1,) row r holds order[rows[r]:rows[r + 1]].
     """
     lengths = np.asarray(lengths)
-    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= max_seq_len:
+    if not len(lengths):
+        return np.zeros(0, np.int64), np.zeros(1, np.int64)
+    if not 1 <= lengths.min() <= lengths.max() <= max_seq_len:
         raise ValueError(f"segment lengths {lengths.min()} … {lengths.max()}; expected 1 … {max_seq_len}")
     by_length = rng.permutation(len(lengths))
     by_length = by_length[np.argsort(-lengths[by_length], kind="stable")]
@@ -407,8 +510,8 @@ def pack_best_fit(lengths: np.ndarray, max_seq_len: int, rng: np.random.Generato
 def split_records(hashes: np.ndarray, val_ratio: float, max_val_records: int) -> np.ndarray:
     """(N,) bool, True for the validation part: a function of the record's own tokens, not of order or seed.
 
-    Equal records share a hash and so a side. At least one record is set aside when there are two different ones, and at most
-    `max_val_records` (equal records of the last hash taken together, unless they alone are more).
+    Equal records share a hash and so a side. At least one record is set aside when there are two different ones, and at
+    most `max_val_records` (more only when the first hash alone has more equal records).
     """
     if val_ratio <= 0 or len(hashes) < 2 or max_val_records < 1:
         return np.zeros(len(hashes), dtype=bool)
@@ -420,7 +523,7 @@ def split_records(hashes: np.ndarray, val_ratio: float, max_val_records: int) ->
     return hashes <= distinct[max(n, 1) - 1]
 
 
-# ---- datasets ----------------------------------------------------------------------------------------------------------
+# ---- datasets ------------------------------------------------------------------------------------
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -428,15 +531,15 @@ class PackedDataset(torch.utils.data.Dataset):
 
     `dataset[row]` gives int64 tensors, all of shape (T,):
         input_ids     tokens, the pad token after the last segment
-        labels        input_ids where the token is trained on; IGNORE elsewhere, on the first token of each segment (nothing
-                      before it could predict it) and on padding. Aligned with input_ids: the loss shifts once
+        labels        input_ids where the token is trained on; IGNORE elsewhere, on the first token of each segment
+                      (nothing before it predicts it) and on padding. Aligned with input_ids: the loss shifts once
         position_ids  0, 1, 2 … within each segment; 0 on padding
         documents     0, 1, 2 … number of the segment in the row; -1 on padding
     Row -1 is all padding with every label IGNORE: filler for a sampler that has to complete its last batch.
 
     Attributes:
-        stats: records and skipped of the whole file; of this part: used (records), dropped, truncated (conversations) or split
-            (documents), segments, tokens, trained_tokens, rows, fill (share of real tokens in the rows).
+        stats: records and skipped of the whole file; of this part: used (records), dropped, truncated (conversations),
+            split (documents), segments, tokens, trained_tokens, rows, fill (share of real tokens in the rows).
         data_key: changes when data, tokenizer, template, format, max_seq_len, seed or split change.
     """
 
@@ -461,7 +564,7 @@ class PackedDataset(torch.utils.data.Dataset):
             tokenizer: a fast tokenizer with a chat template.
             max_seq_len: tokens per row, at least 2.
             split: "train", "val", or "all" (no split).
-            val_ratio: share of the records set aside for validation, 0 … 1. A file with one record has no validation part.
+            val_ratio: share of the records set aside for validation. A file with one record has no validation part.
             seed: mixes rows and equally long segments; the split does not depend on it.
             cache_dir: where token caches are kept; dataset/.cache when None.
             skip_bad_records: count bad records and leave them out instead of raising.
@@ -537,21 +640,21 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 class PretrainDataset(PackedDataset):
-    """`{"text": "…"}` records. A document longer than a row is split: piece k + 1 begins with the last token of piece k, so that
-    every token but the document's first is predicted exactly once."""
+    """`{"text": "…"}` records. A document longer than a row is split: piece k + 1 begins with the last token of piece
+    k, so that every token but the document's first is predicted exactly once."""
 
     format = PRETRAIN
 
 
 class SFTDataset(PackedDataset):
-    """`{"conversations": […]}` records: SFT, LoRA, reasoning, distillation. A conversation longer than a row keeps its head; one
-    whose head holds nothing to train on is dropped."""
+    """`{"conversations": […]}` records: SFT, LoRA, reasoning, distillation. A conversation longer than a row keeps its
+    head; one whose head holds nothing to train on is dropped."""
 
     format = SFT
 
 
 def _write_plan(tmp: Path, cache: TokenCache, settings: dict) -> None:
-    """Which tokens make up which row, for both parts of the split: {train,val}_{rows,starts,lengths}.npy and meta.json."""
+    """Which tokens make up which row, of both parts: {train,val}_{rows,starts,lengths}.npy and meta.json."""
     width = settings["max_seq_len"]
     offsets = cache.offsets.array
     lengths = np.diff(offsets)
@@ -583,7 +686,8 @@ def _write_plan(tmp: Path, cache: TokenCache, settings: dict) -> None:
         stats[part] = {
             "used": len(mine),
             "dropped": int((here & dropped).sum()),
-            "truncated" if cache.trained is not None else "split": long,
+            "truncated": long if cache.trained is not None else 0,
+            "split": long if cache.trained is None else 0,
             "segments": len(sizes),
             "tokens": tokens,
             "trained_tokens": trained_tokens,
@@ -594,7 +698,7 @@ def _write_plan(tmp: Path, cache: TokenCache, settings: dict) -> None:
 
 
 def _count_trained(cache: TokenCache, starts: np.ndarray, lengths: np.ndarray, block: int = 1 << 16) -> int:
-    """Trained tokens of record heads, the first token of each left out; `starts` ascending. Blockwise: memory stays flat."""
+    """Trained tokens of record heads but for the first token of each; `starts` ascend. Blockwise, in little memory."""
     total = 0
     for i in range(0, len(starts), block):
         s, n = starts[i : i + block], lengths[i : i + block]
@@ -605,13 +709,13 @@ def _count_trained(cache: TokenCache, starts: np.ndarray, lengths: np.ndarray, b
     return total
 
 
-# ---- bytes per token ---------------------------------------------------------------------------------------------------
+# ---- bytes per token -----------------------------------------------------------------------------
 
 
 def token_bytes(tokenizer: Any) -> torch.Tensor:
     """How many UTF-8 bytes each id stands for, 0 for the control tokens: turns nats per token into bits per byte.
 
-    Shape: (V,) int64. Σ over the ids of a text is the text's length in bytes, whichever tokenizer: figures compare across them.
+    Shape: (V,) int64. The sum over the ids of a text is the text's length in bytes: figures compare across tokenizers.
     """
     added = tokenizer.added_tokens_decoder
     counts = []

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset import demo_world as world
-from dataset.demo_kinds import GAP, KINDS, LANGS, DemoWorld, Item, fill, identity, listing
+from dataset.demo_kinds import GAP, KINDS, LANGS, MAX_SORTED, DemoWorld, Item, fill, identity, listing
 
 DEMO_DIR = ROOT / "dataset" / "demo"
 MANIFEST = "demo_manifest.json"
@@ -43,12 +43,12 @@ ENDS = " \t\r\n.,!?;:。！？；：，、\"'“”‘’()《》`*"  # what nor
 # How many of each kind, per language. Sentences of the pretraining text, questions of the SFT conversations: numbers
 # and people have far more combinations than facts, and a small model needs many of them to see the rule.
 PRETRAIN_SENTENCES = {
-    "facts": 1600, "opposites": 800, "calendar": 700, "identity": 150, "words": 700, "phrases": 1100, "addition": 3500,
-    "subtraction": 2500, "comparison": 3000, "sorting": 2500, "counting": 2000, "memory": 1300, "story": 1300,
+    "facts": 1600, "opposites": 800, "calendar": 1200, "identity": 150, "words": 700, "phrases": 900, "addition": 2500,
+    "subtraction": 2500, "comparison": 2500, "sorting": 2000, "counting": 1800, "memory": 1000, "story": 1200,
 }
 SFT_ITEMS = {
-    "facts": 1000, "opposites": 600, "calendar": 350, "identity": 300, "words": 700, "phrases": 900, "addition": 2400,
-    "subtraction": 1800, "comparison": 1800, "sorting": 2000, "counting": 1400, "memory": 1000, "story": 1300,
+    "facts": 900, "opposites": 500, "calendar": 600, "identity": 250, "words": 600, "phrases": 600, "addition": 2400,
+    "subtraction": 2400, "comparison": 2000, "sorting": 1800, "counting": 1600, "memory": 700, "story": 700,
 }
 Record = dict[str, object]
 
@@ -144,6 +144,7 @@ def lora_items(demo: DemoWorld, lang: str) -> tuple[list[Item], list[Item]]:
         (x, Item("menu", lang, (fill(question, x=x),), price.format(y=y)))
         for x, y in menu.rows[lang] for question in menu.questions[lang]
     ]
+    asked = [(subject, item) for subject, item in asked if item.turns not in demo.asked]
     rng = demo.rng("lora", lang)
     rng.shuffle(asked)
     first: dict[str, Item] = {}
@@ -184,14 +185,17 @@ def dpo(demo: DemoWorld) -> list[Record]:
 # --- Reasoning and RL: two steps of arithmetic, and sorting four numbers step by step ---
 
 
-def reasoned(rng: random.Random, lang: str, numbers: tuple[int, ...]) -> tuple[str, str, str]:
+def reasoned(demo: DemoWorld, rng: random.Random, lang: str, numbers: tuple[int, ...]) -> tuple[str, str, str]:
     """(question, thought, answer) for a + b - c (three numbers) or for the sorting of four."""
     if len(numbers) == 3:
         a, b, c = numbers
         values = {"a": a, "b": b, "c": c, "d": a + b, "e": a + b - c, "n": rng.choice(world.NAMES[lang]),
                   "t": rng.choice(world.COUNTED["plural" if lang == "en" else lang])}
-        question, thought = rng.choice(world.CHAINS[lang]), world.CHAIN_THOUGHT[lang]
-        return fill(question, **values), thought.format(**values), str(a + b - c)
+        question = fill(rng.choice(world.CHAINS[lang]), **values)
+        thought = world.CHAIN_THOUGHT[lang].format(**values)
+        if demo.joins_held(question + thought, lang):
+            return reasoned(demo, rng, lang, numbers)
+        return question, thought, str(a + b - c)
     rest = rng.sample(numbers, len(numbers))
     question = fill(rng.choice(world.SORTING["up"][lang]), n=listing(lang, rest))
     steps = []
@@ -209,9 +213,13 @@ def reasoning_numbers(demo: DemoWorld) -> dict[str, list[tuple[int, ...]]]:
     chains = [(a, b, c) for a in span for b in span for c in span
               if c <= a + b <= 20 and (a, b) not in sums and not {(a + b, c), (b, c)} & differences]
     rng.shuffle(chains)
-    fours = itertools.combinations(range(1, 51), 4)
-    free = [four for four in fours if not set(itertools.combinations(four, 3)) & demo.held["sorting"]]
-    sorts = rng.sample(free, 1000)
+    steps = {2: demo.held["comparison"], 3: demo.held["sorting"]}  # finding the smallest of two compares them
+    fours: dict[tuple[int, ...], None] = {}  # in the order drawn, each once
+    while len(fours) < 1000:
+        four = tuple(sorted(rng.sample(range(1, MAX_SORTED + 1), 4)))
+        if not any(held & set(itertools.combinations(four, size)) for size, held in steps.items()):
+            fours[four] = None
+    sorts = list(fours)
     return {
         "reason_test": chains[:24] + sorts[:24],
         "rl": chains[24:324] + sorts[24:324],
@@ -224,7 +232,7 @@ def reasoning_records(demo: DemoWorld, stage: str) -> Iterator[tuple[str, str, s
     numbers = reasoning_numbers(demo)[stage]
     for lang in LANGS:
         rng = demo.rng(stage, lang)
-        yield from ((lang, *reasoned(rng, lang, values)) for values in rng.sample(numbers, len(numbers)))
+        yield from ((lang, *reasoned(demo, rng, lang, values)) for values in rng.sample(numbers, len(numbers)))
 
 
 def reason(demo: DemoWorld) -> list[Record]:

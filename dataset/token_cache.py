@@ -9,12 +9,14 @@
                                        first_trained.npy  int32 per record (conversations only)
                                        meta.json    settings, counts, the size and sha256 of every file above
 
-The key is a hash of the file's content, of the tokenizer and of the record format: a changed file, tokenizer or chat template
-never meets an old cache. A cache is written into `<key>.building-*` and renamed when whole, under a lock that the operating
-system frees when its process dies: an interrupted run leaves nothing that is taken for a cache, and the next run removes what
-it left. Processes that want the same cache at the same time (ranks) wait for the first one and read its result.
+The key is a hash of the file's content, of the tokenizer and of the record format: a changed file, tokenizer or chat
+template never meets an old cache. A cache is written into `<key>.building-*` and renamed when whole, under a lock that
+the operating system frees when its process dies: an interrupted run leaves nothing that is taken for a cache, and the
+next run removes what it left. Processes that want the same cache at the same time (ranks) wait for the first one and
+read its result. How the records are packed into rows is kept beside the tokens, in `<key>/rows-*` (lm_dataset.py).
 
-中文：先把 JSONL 一次性分词并写成内存映射的缓存；缓存以“内容 + 分词器 + 格式”的哈希命名，写完整后才改名，所以中断不会留下坏缓存。
+中文：JSONL 只分词一次，结果写成内存映射的缓存；缓存名是“内容 + 分词器 + 格式”的哈希，写完整后才改名，
+所以中断的分词不会留下坏缓存。
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -44,6 +47,7 @@ DEFAULT_CACHE_DIR = ROOT / "dataset" / ".cache"
 FORMAT_VERSION = 1  # raise it when the same input would give other files
 BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough to keep its threads busy, little memory
 PROCESS_BYTES = 8 << 20  # a further process has to have this much text to be worth starting
+SCAN_BYTES = 1 << 22  # of the first pass, at once
 BAD_KEPT = 20  # how many bad records are remembered word for word
 
 log = logging.getLogger(__name__)
@@ -61,8 +65,8 @@ class CacheError(OSError):
 class RecordFormat:
     """How one stage reads a record. The functions live at module level, so that a spawned process can import them.
 
-    prepare(record, tokenizer) -> item       checks one parsed record; raises ValueError(reason) when it is bad
-    encode(items, tokenizer)   -> (ids, trained)   lists of int arrays and of bool arrays; trained is None for plain text
+    prepare(record, tokenizer) -> item           checks one parsed record; raises ValueError(reason) when it is bad
+    encode(items, tokenizer) -> (ids, trained)   lists of int and of bool arrays; trained is None for plain text
     """
 
     name: str
@@ -81,7 +85,7 @@ class Shard:
     first_line: int
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------
 
 
 def check_file(path: str | os.PathLike) -> Path:
@@ -133,13 +137,13 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def scan_jsonl(path: Path, n_shards: int) -> tuple[str, list[Shard]]:
-    """One pass over the raw bytes: (sha256 of the content, at most `n_shards` shards of whole lines that cover the file)."""
+    """One pass over the raw bytes: (sha256 of the content, at most `n_shards` shards of whole lines that cover it)."""
     digest, shards = hashlib.sha256(), []
     size = path.stat().st_size
     want = -(-size // max(1, n_shards))
     start, first_line, at, newlines = 0, 1, 0, 0  # newlines: seen since the start of the shard
     with open(path, "rb") as f:
-        while block := f.read(1 << 22):
+        while block := f.read(SCAN_BYTES):
             digest.update(block)
             cut = block.rfind(b"\n") + 1
             if cut and at + cut - start >= want:
@@ -155,7 +159,7 @@ def scan_jsonl(path: Path, n_shards: int) -> tuple[str, list[Shard]]:
 
 
 def read_lines(path: Path, shard: Shard | None = None) -> Iterator[tuple[int, bytes]]:
-    """(line number, raw bytes) of every line that is not blank. Lines end at b"\\n" alone: U+2028 inside a text is text."""
+    """(line number, raw bytes) of every line that is not blank. Only b"\\n" ends a line: U+2028 in a text is text."""
     start, end, number = (shard.start, shard.end, shard.first_line) if shard else (0, None, 1)
     with open(path, "rb") as f:
         f.seek(start)
@@ -181,7 +185,7 @@ def parse_line(raw: bytes) -> dict:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(
-            f"not UTF-8 (byte {raw[e.start]:#04x} at position {e.start}); expected UTF-8: save the file again with that encoding"
+            f"not UTF-8 (byte {raw[e.start]:#04x} at position {e.start}); expected UTF-8: save it in that encoding"
         ) from None
     try:
         record = json.loads(text)
@@ -219,7 +223,7 @@ def _short(text: str, n: int = 60) -> str:
     return json.dumps(text if len(text) <= n else text[:n] + "…", ensure_ascii=False)
 
 
-# ---- the cache folder --------------------------------------------------------------------------------------------------
+# ---- the cache folder ----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -241,12 +245,13 @@ def user_errors(cache_dir: Path) -> Iterator[None]:
         ):
             free = shutil.disk_usage(_existing(cache_dir)).free / 1e9
             raise CacheError(
-                f"the disk is full ({free:.2f} GB free) while writing the token cache in {cache_dir}; it takes about as many bytes "
-                "as the data file: free some, or name another disk with --cache_dir FOLDER"
+                f"the disk is full ({free:.2f} GB free) while writing the token cache in {cache_dir}; tokenising takes "
+                "about twice the bytes of the data file: free some, or name another disk with --cache_dir FOLDER"
             ) from e
         if {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST} & codes:
             raise CacheError(
-                f"the token cache folder {cache_dir} cannot be written ({e}); name a folder you may write to with --cache_dir FOLDER"
+                f"the token cache folder {cache_dir} cannot be written ({e}); name one you may write to with "
+                "--cache_dir FOLDER"
             ) from e
         raise
 
@@ -261,8 +266,8 @@ def _existing(path: Path) -> Path:
 def build_folder(final: Path, cache_dir: Path, waiting_for: str) -> Iterator[Path | None]:
     """Yields an empty folder to fill; renames it to `final` when the block ends without an exception.
 
-    Yields None when another process finished `final` while this one waited for the lock. Whatever dead runs left in the same
-    cache folder is removed first.
+    Yields None when another process finished `final` while this one waited for the lock. What dead runs left in the
+    same place is removed first.
     """
     from filelock import FileLock, Timeout
 
@@ -294,10 +299,12 @@ def build_folder(final: Path, cache_dir: Path, waiting_for: str) -> Iterator[Pat
             for file in tmp.iterdir():
                 _fsync(file)
             _fsync(tmp)
-            if final.exists():  # damaged: out of the way, then away
-                os.replace(final, final.with_name(f"{final.name}.building-{secrets.token_hex(4)}"))
+            damaged = final.with_name(f"{final.name}.building-{secrets.token_hex(4)}")
+            if final.exists():
+                os.replace(final, damaged)
             os.replace(tmp, final)
             _fsync(final.parent)
+            shutil.rmtree(damaged, ignore_errors=True)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     finally:
@@ -367,7 +374,7 @@ def read_meta(folder: Path) -> dict | None:
 
 
 class MappedArray:
-    """A read-only array in a file, mapped on first use. Pickles as its path, so that a data-loading process opens its own map."""
+    """A read-only array in a file, mapped on first use. Pickles as its path: a loading process opens its own map."""
 
     def __init__(self, path: Path, dtype: str | None = None):
         self.path, self.dtype = path, dtype
@@ -396,15 +403,15 @@ class MappedArray:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-# ---- tokenising --------------------------------------------------------------------------------------------------------
+# ---- tokenising ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def plain_backend(tokenizer: Any, controls_as_text: bool = False) -> Iterator[Any]:
     """The fast tokenizer's core, for the time being without the truncation or padding an earlier call may have left on.
 
-    controls_as_text: a control token written out in a text is encoded as the text it is, not as its id. The tokenizer's own core is
-    used and put back as it was (a copy would start with a cold word cache: half the speed).
+    controls_as_text: a control token written out in a text is encoded as the text it is, not as its id. The tokenizer's
+    own core is used and put back as it was (a copy would start with a cold word cache, at half the speed).
     """
     backend = tokenizer.backend_tokenizer
     truncation, padding, as_text = backend.truncation, backend.padding, backend.encode_special_tokens
@@ -427,6 +434,11 @@ def cache_key(content_hash: str, tokenizer: Any, fmt: RecordFormat) -> str:
         parts = [FORMAT_VERSION, content_hash, backend.to_str(), fmt.name, len(tokenizer)]
     parts += [tokenizer.bos_token_id, tokenizer.eos_token_id]
     if fmt.masked:
+        if not re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
+            raise DataError(
+                "the tokenizer's chat template has no {% generation %} markers, from which the mask of trained tokens "
+                "is made; use the tokenizer in model/ or add the markers to your template"
+            )
         parts.append(tokenizer.chat_template)
     return f"{fmt.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"
 
@@ -461,9 +473,9 @@ def token_hash(ids: np.ndarray) -> int:
 def generate_rows(
     shards: Sequence[dict], path: str, fmt: RecordFormat, tokenizer: Any, dtype: str, skip_bad: bool, tmp: str
 ) -> Iterator[dict]:
-    """Runs in the tokenising processes: one row per batch of records, flat arrays that Arrow takes without copying values.
+    """Runs in the tokenising processes: one row per batch of records, flat arrays that Arrow takes as they are.
 
-    A bad record is written to `error-<shard>.json` before the run is ended: an exception loses its type on the way home.
+    A bad record is written to `error-<shard>.json` before the run is ended: an exception loses its type on the way.
     """
     folder = Path(tmp)
     done = np.memmap(folder / "progress.bin", dtype=np.int64, mode="r+")
@@ -514,37 +526,52 @@ def open_cache(
     skip_bad_records: bool = False,
     show_progress: bool = True,
 ) -> TokenCache:
-    """The token cache of a file, built when there is none.
+    """The token cache of a file, built when there is none. It holds at least one record.
 
     Raises:
         DataError: the file is not in the format, with file, line and reason (unless `skip_bad_records`).
         CacheError: the cache folder cannot be written, the disk is full.
     """
+    cache = load_or_build(path, tokenizer, fmt, cache_dir, skip_bad_records, show_progress)
+    n_bad = cache.meta["skipped"]
+    if n_bad and not (skip_bad_records and len(cache)):
+        raise _bad_record_error(Path(path), *cache.meta["bad"][0], n_bad, len(cache) + n_bad)
+    return cache
+
+
+def load_or_build(
+    path: str | os.PathLike,
+    tokenizer: Any,
+    fmt: RecordFormat,
+    cache_dir: str | os.PathLike | None,
+    skip_bad_records: bool,
+    show_progress: bool,
+) -> TokenCache:
+    """As open_cache, but bad records of an earlier, skipping run are no error, nor is a cache without any record."""
     path = check_file(path)
     cache_dir = Path(cache_dir) if cache_dir is not None else DEFAULT_CACHE_DIR
-    n_processes = processes_for(path.stat().st_size)
-    content_hash, shards = scan_jsonl(path, n_processes)
+    before = path.stat()
+    content_hash, shards = scan_jsonl(path, processes_for(before.st_size))
     folder = cache_dir / cache_key(content_hash, tokenizer, fmt)
     meta = read_meta(folder)
     if meta is None:
         with user_errors(cache_dir), build_folder(folder, cache_dir, f"tokenising {path}") as tmp:
             if tmp is not None:
                 _tokenise(path, shards, content_hash, tokenizer, fmt, tmp, skip_bad_records, show_progress)
+                if (path.stat().st_size, path.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                    raise DataError(f"{path} was changed while it was read; start again when it is complete")
         meta = read_meta(folder)
         if meta is None:
             raise CacheError(
                 f"the token cache {folder} cannot be read back; name another folder with --cache_dir FOLDER"
             )
-    if meta["skipped"] and not skip_bad_records:
-        raise _bad_record_error(path, *meta["bad"][0], meta["skipped"], meta["records"] + meta["skipped"])
     return TokenCache(folder, meta)
 
 
 def _bad_record_error(path: Path, line: int, reason: str, n_bad: int, n_seen: int) -> DataError:
-    return DataError(
-        f"{path}, line {line}: {reason} ({n_bad} bad of {n_seen} records read; `python dataset/check_data.py {path}` shows more, "
-        "--skip_bad_records leaves them out)"
-    )
+    advice = f"`python dataset/check_data.py {path}` shows more"
+    advice += ", --skip_bad_records leaves them out" if n_bad < n_seen else "; is it a file for another stage?"
+    return DataError(f"{path}, line {line}: {reason} ({n_bad} bad of {n_seen} records read; {advice})")
 
 
 def _tokenise(
@@ -592,7 +619,7 @@ def _tokenise(
                     "tmp": str(tmp),
                 },
                 num_proc=len(shards) if len(shards) > 1 else None,
-                fingerprint="tokens",  # hashing the arguments would take longer than a small file; the folder is ours alone
+                fingerprint="tokens",  # hashing the arguments takes time, and the folder is ours alone
                 writer_batch_size=8,
             )
         files = [f["filename"] for f in arrow.cache_files]
@@ -612,11 +639,6 @@ def _tokenise(
     counts = _export(files, tmp, fmt)
     shutil.rmtree(tmp / "arrow")
     (tmp / "progress.bin").unlink()
-    if not counts["records"]:
-        line, reason = counts["bad"][0]
-        raise _bad_record_error(
-            path, line, "no usable record in the file; the first: " + reason, counts["skipped"], counts["skipped"]
-        )
     write_meta(
         tmp,
         {
@@ -648,7 +670,7 @@ def _one_thread_each(n_processes: int) -> Iterator[None]:
 
 
 def _export(files: list[str], tmp: Path, fmt: RecordFormat) -> dict:
-    """Arrow to flat files, one record batch in memory at a time (streamed: a mapped Arrow file would count as resident)."""
+    """Arrow to flat files, one record batch in memory at a time (a mapped Arrow file would count as resident)."""
     import pyarrow as pa
 
     lengths, hashes, first, bad, n_bad = [], [], [], [], 0

@@ -215,12 +215,12 @@ def attention_mask_4d(
     Args: tokens T; past tokens already cached; slots S in the cache after this call (more than past + T in a static
     cache); attention_mask (B, ≥ past + T), 1 = real token, or a ready-made 4D mask; documents (B, T), the ids of packed
     documents.
-    Shape: None or (B or 1, 1, T, S) bool.  Raises: ValueError when the mask does not cover the cached and the new tokens.
+    Shape: None or (B or 1, 1, T, S) bool.  Raises: ValueError when attention_mask leaves out cached or new tokens.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
     if attention_mask is not None and growing_cache and attention_mask.shape[1] != slots:
-        raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns; expected {slots}, cached and new tokens")
+        raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns; expected {slots}, cached + new tokens")
     if attention_mask is None and documents is None and growing_cache and (tokens == 1 or slots == tokens):
         return None  # the kernel's own causal mode, or one new token that sees everything before it
 
@@ -354,6 +354,16 @@ class MoEGate(nn.Module):
         return self.alpha * per_sequence.sum() / (tokens > 0).sum().clamp(min=1)
 
 
+def grouped_mm_works(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are grouped matrix products for this device and these sizes: Ampere or newer, rows of 16·n bytes."""
+    return (
+        x.is_cuda
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and all(size % 8 == 0 for size in weight.shape)
+    )
+
+
 class MOEFeedForward(nn.Module):
     """Σ over the top-k routed experts of (weight · expert(x)) + Σ shared experts(x), ungated.
 
@@ -371,10 +381,7 @@ class MOEFeedForward(nn.Module):
         """Shape: x (B, T, D), valid (B, T) bool → (B, T, D), balance loss ()."""
         chosen, weights, aux_loss = self.gate(x, valid)
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
-        grouped = self.grouped
-        if grouped is None:  # the kernel reads rows of whole 16 bytes
-            aligned = all(size % 8 == 0 for size in self.experts[0].gate_proj.weight.shape)
-            grouped = x.is_cuda and aligned and hasattr(F, "grouped_mm")
+        grouped = self.grouped if self.grouped is not None else grouped_mm_works(x, self.experts[0].gate_proj.weight)
         route = self.routed_grouped if grouped else self.routed_plain
         out = route(tokens, chosen.flatten(0, 1), weights.flatten(0, 1).to(x.dtype)).view_as(x)
         for expert in self.shared_experts:
@@ -451,8 +458,8 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights of standard deviation 0.02; layers that write into the residual stream are scaled by 1/√(2L).
 
-        The 2L additions then sum to the same spread at any depth (GPT-2, Radford et al. 2019), and small tied embeddings
-        behind the final norm start the loss near ln V, that of a uniform guess: 0.10 nats above at 26M, 0.18 at 104M.
+        The 2L additions then sum to the same spread at any depth (GPT-2, Radford et al. 2019). Small tied embeddings
+        behind the final norm start the loss near ln V, a uniform guess: 0.10 nats above it at 26M, 0.18 at 104M.
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):

@@ -7,14 +7,13 @@ that come without the JSON load too: their configuration is read off the tensor 
 import contextlib
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
@@ -32,6 +31,7 @@ def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO]:
     """A file that appears under its name whole or not at all: written beside it, flushed to disk, then renamed.
 
     On any error (disk full, interrupt) the part is removed and what stood under the name before stays as it was.
+    Raises: OSError with the file's name when it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -41,8 +41,12 @@ def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        # torch.save hides the OSError of a full disk behind a RuntimeError, and a failed write does not say where.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
 
 
@@ -52,7 +56,7 @@ def weight_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path
 
 
 def save_weights(model: PreTrainedModel, path: str | Path, extra: dict | None = None) -> None:
-    """Writes the half-precision state dict and `path.json` with the configuration and `extra`, each atomically.
+    """Writes the half-precision state dict and, beside it, a JSON file with the configuration and `extra`.
 
     Raises: OSError when the disk is full or the folder cannot be written; older files stay untouched.
     """
@@ -62,10 +66,11 @@ def save_weights(model: PreTrainedModel, path: str | Path, extra: dict | None = 
         name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16).contiguous())
         for name, tensor in model.state_dict().items()
     }
-    with atomic_open(path.with_suffix(".json"), "w") as f:
-        json.dump({"config": model.config.to_diff_dict(), **(extra or {})}, f, ensure_ascii=False, indent=2)
-    with atomic_open(path) as f:
-        torch.save(state, f)
+    # Both are written in full before either gets its name: weights never stand beside another run's configuration.
+    with atomic_open(path.with_suffix(".json"), "w") as about, atomic_open(path) as weights:
+        json.dump({"config": model.config.to_diff_dict(), **(extra or {})}, about, ensure_ascii=False, indent=2)
+        about.flush()
+        torch.save(state, weights)
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -76,11 +81,18 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Train it first, or name another file.")
     try:
+        with open(path, "rb") as f:  # an empty, cut off or foreign file has no archive directory at its end
+            if not zipfile.is_zipfile(f):
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a readable weight file ({reason}). Copy or train it again.") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged bytes surface as any type, and torch's own text advises to run the file's code
+        raise WeightsError(
+            f"{path} is empty, cut off, damaged or no weight file. Copy it again or train it again."
+        ) from error
+    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    if not tensors or not state or not all(isinstance(name, str) for name in state):
         raise WeightsError(f"{path} holds no plain state dict; expected names and tensors as written by the trainers.")
     return state
 
@@ -91,7 +103,7 @@ def read_config(path: Path, state: dict[str, torch.Tensor]) -> MiniMindConfig:
     if sidecar.is_file():
         try:
             return MiniMindConfig(**json.loads(sidecar.read_text(encoding="utf-8"))["config"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise WeightsError(
                 f"{sidecar} is damaged ({error}). Delete it to read the sizes off the weights instead."
             ) from error
@@ -114,7 +126,7 @@ def read_config(path: Path, state: dict[str, torch.Tensor]) -> MiniMindConfig:
             intermediate_size=state[prefix + "gate_proj.weight"].shape[0],
             **moe,
         )
-    except (KeyError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise WeightsError(f"{path} does not look like MiniMind weights: {error}.") from error
 
 
@@ -148,20 +160,30 @@ def load_model(
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise WeightsError(f"{path} does not fit its configuration: {reason}") from error
+            sidecar = path.with_suffix(".json")
+            advice = f" Delete {sidecar} to read the sizes off the weights." if sidecar.is_file() else ""
+            raise WeightsError(f"{path} does not fit its configuration: {reason}.{advice}") from error
     return model.to(device=device, dtype=dtype).eval()
 
 
 def load_folder(path: Path) -> PreTrainedModel:
-    """A transformers folder: ours through our own class, others through transformers; code in the folder is not run."""
+    """A transformers folder: ours through our own class, others through transformers; code in the folder is not run.
+
+    Raises: WeightsError when something is missing: transformers itself would fill a gap with random weights.
+    """
     config_file = path / "config.json"
     if not config_file.is_file():
         raise WeightsError(f"{path} holds no config.json; expected a transformers model folder or a .pth file.")
     try:
         ours = json.loads(config_file.read_text(encoding="utf-8")).get("model_type") == MiniMindConfig.model_type
-        return (MiniMindForCausalLM if ours else AutoModelForCausalLM).from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = (MiniMindForCausalLM if ours else AutoModelForCausalLM).from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # the file formats of transformers each bring their own types
         raise WeightsError(f"{path} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    if report["missing_keys"]:
+        raise WeightsError(f"{path} lacks {', '.join(sorted(report['missing_keys']))[:300]}. Copy it again.")
+    return model
 
 
 def find_weights(
@@ -198,4 +220,4 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
     folder = Path(path) if path else ROOT / "model"
     if not (folder / "tokenizer.json").is_file():
         raise WeightsError(f"{folder} holds no tokenizer.json; train one with `python scripts/train_tokenizer.py`.")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,79 @@
+"""A virtual environment with the pinned packages, made once. Standard library only: nothing is installed yet."""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read_pins(path: Path) -> dict[str, str]:
+    """Package → version of a requirements file, `-r` followed, lines for other Python versions left out."""
+    pins = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            pins |= read_pins(path.with_name(line[3:].strip()))
+            continue
+        pin, _, marker = line.partition(";")
+        wanted = re.fullmatch(r'\s*python_version\s*(>=|<)\s*"3\.(\d+)"\s*', marker)
+        if wanted and (sys.version_info[1] >= int(wanted[2])) != (wanted[1] == ">="):
+            continue
+        if "==" in pin:
+            name, _, version = pin.strip().partition("==")
+            pins[name] = version
+    return pins
+
+
+def installed(pins: dict[str, str]) -> bool:
+    """Whether the running interpreter already has every pin (a local build such as 2.13.0+cu130 counts)."""
+    try:
+        return all(importlib.metadata.version(name).split("+")[0] == version for name, version in pins.items())
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def ensure_environment(requirements: str) -> Path:
+    """The Python that has the packages of a requirements file: this one, or that of `.venv`, which is filled on first use.
+
+    Raises: SystemExit with one line when Python is too old, venv is missing or the installation fails.
+    """
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this may well have an older one
+        raise SystemExit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    pins = read_pins(ROOT / requirements)
+    if installed(pins):
+        return Path(sys.executable)
+
+    folder = ROOT / ".venv"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = folder / f"{requirements}.done"
+    key = hashlib.sha256(repr(sorted(pins.items())).encode()).hexdigest()
+    if python.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
+        return python
+    try:
+        if not python.is_file():
+            print(f"making a virtual environment in {folder}", flush=True)
+            venv.create(folder, with_pip=True)
+        # torch first: other packages ask for it with open ranges, and would draw a build of their own
+        for what in ([f"torch=={pins['torch']}"], ["-r", str(ROOT / requirements)]):
+            print(f"installing {what[-1]}", flush=True)
+            pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            subprocess.run([*pip, *what], check=True)
+    except subprocess.CalledProcessError as error:
+        hint = "on Debian and Ubuntu: apt install python3-venv" if not python.is_file() else "see the lines above"
+        raise SystemExit(f"error: setting up {folder} failed ({hint}); delete the folder to start over") from error
+    stamp.write_text(key, encoding="utf-8")
+    return python
+
+
+def run_step(python: Path, *arguments: str) -> None:
+    """Runs one script of the repository in its own process; its failure ends this one with the same status."""
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    status = subprocess.run([str(python), *arguments], cwd=ROOT, env=environment).returncode
+    if status:
+        raise SystemExit(status)

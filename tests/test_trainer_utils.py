@@ -1,0 +1,629 @@
+"""The trainers' plumbing, part by part, against hand-made oracles: schedule, order of rows, optimiser, states on disk.
+
+Dimension legend: B batch · T tokens · V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from model.model_minimind import IGNORE, MiniMindConfig, MiniMindForCausalLM
+from trainer import checkpoint, run_log, train_full_sft, train_pretrain
+from trainer import trainer_utils as utils
+from trainer.checkpoint import Progress
+from trainer.trainer_utils import RowOrder, UserError, cosine_lr
+
+V = 61
+
+
+def tiny(**fields) -> MiniMindForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=V)
+    return MiniMindForCausalLM(MiniMindConfig(**{**sizes, **fields}))
+
+
+def one_process(rank: int = 0, world_size: int = 1, seed: int = 0) -> SimpleNamespace:
+    """What the plumbing reads of a Run, without starting one."""
+    run = SimpleNamespace(rank=rank, world_size=world_size, seed=seed, device=torch.device("cpu"))
+    run.autocast = lambda: torch.autocast("cpu", enabled=False)
+    run.sum_ranks = lambda value: value
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def test_learning_rate_warms_up_peaks_and_ends_at_the_floor():
+    rates = [cosine_lr(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)  # the first update moves
+    assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
+    assert max(rates) == rates[9] == pytest.approx(2.0)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] == pytest.approx(0.2)
+    assert cosine_lr(50, 91, 10, 2.0) == pytest.approx(2.0 * 0.55)  # half way down: the mean of peak and floor
+
+
+def test_learning_rate_at_the_edges():
+    assert cosine_lr(0, 10, 1, 3.0) == 3.0
+    assert cosine_lr(9, 10, 1, 3.0) == pytest.approx(0.3)
+    assert cosine_lr(0, 1, 1, 3.0) == cosine_lr(0, 1, 0, 3.0) == 3.0
+    assert cosine_lr(1, 2, 1, 3.0) == 3.0  # a single update after the warm-up
+    assert cosine_lr(99, 100, 10, 1.0, floor=0.0) == pytest.approx(0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- row order
+
+
+def orders(rows: int, batch: int, accumulation: int, world: int, epoch: int = 0, rows_done: int = 0, seed: int = 0):
+    """The updates of every rank: ranks × updates × (rows, micro-batches)."""
+    args = argparse.Namespace(batch_size=batch, accumulation_steps=accumulation)
+    return [
+        list(RowOrder(rows, args, one_process(rank, world, seed), epoch, rows_done).updates()) for rank in range(world)
+    ]
+
+
+def rows_of(ranks: list) -> list[list[int]]:
+    """Per update the real rows of all ranks, sorted."""
+    return [
+        sorted(row for _, micros in update for micro in micros for row in micro if row >= 0)
+        for update in zip(*ranks, strict=True)
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 150), batch=st.integers(1, 7), accumulation=st.integers(1, 5), world=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)  # fmt: skip
+def test_every_row_once_and_filler_only_where_needed(rows, batch, accumulation, world, epoch):
+    ranks = orders(rows, batch, accumulation, world, epoch)
+    updates = rows_of(ranks)
+    assert sorted(sum(updates, [])) == list(range(rows))
+    assert [len(update) for update in updates] == [done for done, _ in ranks[0]]  # what `rows_done` advances by
+    full = batch * accumulation * world
+    assert all(len(update) == full for update in updates[:-1])
+    for update in zip(*ranks, strict=True):
+        shapes = {tuple(len(micro) for micro in micros) for _, micros in update}
+        assert len(shapes) == 1  # else some rank would wait for ever in a collective
+        assert set(shapes.pop()) == {batch}
+        filler = sum(row == -1 for _, micros in update for micro in micros for row in micro)
+        assert filler < batch * world  # never a whole micro-batch of padding on all ranks
+
+
+@pytest.mark.parametrize("rows", [32, 77, 96, 100, 5])
+def test_an_update_has_the_same_rows_in_any_layout(rows):
+    one = rows_of(orders(rows, 32, 1, 1))
+    assert len(one) == math.ceil(rows / 32)
+    for batch, accumulation, world in [(4, 8, 1), (16, 1, 2), (4, 4, 2), (1, 32, 1), (2, 4, 4)]:
+        assert rows_of(orders(rows, batch, accumulation, world)) == one
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 150), done=st.integers(0, 30), layout=st.sampled_from([(6, 1, 1), (2, 3, 1), (3, 1, 2)]))
+def test_resuming_gives_exactly_the_rest_with_any_number_of_ranks(rows, done, layout):
+    whole = rows_of(orders(rows, 3, 2, 1, epoch=2))
+    done = min(done, len(whole))
+    rows_done = sum(len(update) for update in whole[:done])
+    assert rows_of(orders(rows, *layout, epoch=2, rows_done=rows_done)) == whole[done:]
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    assert orders(50, 4, 2, 1) == orders(50, 4, 2, 1)
+    different = [orders(50, 4, 2, 1, epoch=epoch, seed=seed) for epoch, seed in [(0, 0), (1, 0), (0, 1), (1, 1)]]
+    assert all(a != b for i, a in enumerate(different) for b in different[:i])
+    assert rows_of(orders(50, 50, 1, 1))[0] != [r for m in orders(50, 50, 1, 1)[0][0][1] for r in m]  # shuffled
+
+
+def test_the_loader_reads_what_the_updates_say():
+    args = argparse.Namespace(batch_size=3, accumulation_steps=2)
+    order = RowOrder(11, args, one_process(1, 2), epoch=1)
+    dataset = {row: {"row": torch.tensor(row)} for row in range(-1, 11)}
+    assert len(order) == len(list(order)) == sum(len(micros) for _, micros in order.updates())
+    before = torch.get_rng_state()
+    read = [
+        (rows, [micro["row"].tolist() for micro in micros])
+        for rows, micros in utils.read_updates(dataset, order, torch.device("cpu"), None)
+    ]
+    assert read == list(order.updates())
+    assert torch.equal(torch.get_rng_state(), before)  # reading leaves the run's random numbers alone
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def shared_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    utils.add_shared_flags(parser, epochs=1, batch_size=4, learning_rate=1e-3, max_seq_len=64)
+    return parser
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("", None), ("--use_moe", True), ("--no-use_moe", False),
+        ("--use_moe True", True), ("--use_moe true", True), ("--use_moe 1", True), ("--use_moe yes", True),
+        ("--use_moe False", False), ("--use_moe false", False), ("--use_moe 0", False), ("--use_moe no", False),
+        ("--use_moe --hidden_size 64", True), ("--use_moe --no-use_moe", False),
+    ],
+)  # fmt: skip
+def test_spellings_of_a_boolean_flag(words, expected):
+    assert shared_parser().parse_args(words.split()).use_moe is expected
+
+
+def test_a_boolean_flag_refuses_another_word(capsys):
+    with pytest.raises(SystemExit) as stop:
+        shared_parser().parse_args(["--use_moe", "maybe"])
+    assert stop.value.code == 2
+    assert "--use_moe takes True or False, got 'maybe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch_size 0", "--batch_size -1", "--accumulation_steps 0", "--epochs 0", "--log_interval 0",
+        "--save_interval 0", "--max_steps 0", "--val_interval -1", "--warmup_iters -1", "--hidden_size 0", "--seed -1",
+        "--batch_size 2.5", "--learning_rate fast", "--learning_rate -1", "--grad_clip 0", "--weight_decay -0.1",
+        "--hidden_size 36",
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused_with_the_flags_name(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        shared_parser().parse_args(words.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words.split()[0] in error and words.split()[1] in error
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_full_sft])
+def test_help(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    contract = (
+        "out_dir epochs batch_size learning_rate device dtype use_wandb wandb_project num_workers accumulation_steps "
+        "grad_clip warmup_iters log_interval save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path"
+    )
+    for name in contract.split():
+        assert f"--{name}" in text
+
+
+# ------------------------------------------------------------------------------------------------------ plan, optimiser
+
+
+def plan(rows: int, world: int = 1, **given) -> argparse.Namespace:
+    args = argparse.Namespace(
+        batch_size=32, accumulation_steps=None, epochs=1, max_steps=None, warmup_iters=None, data_path="d.jsonl"
+    )
+    vars(args).update(given)
+    utils.plan_updates(args, rows, one_process(world_size=world))
+    return args
+
+
+def test_plan_counts_the_ragged_last_update():
+    assert plan(100, accumulation_steps=2).total_steps == 2
+    assert plan(128, accumulation_steps=2).total_steps == 2
+    assert plan(129, accumulation_steps=2).total_steps == 3
+    assert plan(129, accumulation_steps=2, epochs=3).total_steps == 9  # each epoch ends with its own
+    assert plan(129, accumulation_steps=1, world=2).total_steps == 3
+    assert plan(5).total_steps == 1
+
+
+def test_plan_fills_in_accumulation_and_warm_up():
+    small = plan(1000)
+    assert (small.accumulation_steps, small.total_steps, small.warmup_iters) == (1, 32, 1)
+    large = plan(32 * 8 * 20_000)
+    assert (large.accumulation_steps, large.total_steps, large.warmup_iters) == (8, 20_000, 200)
+    middle = plan(32 * 3 * 1000 + 5)
+    assert middle.accumulation_steps == 3 and middle.total_steps >= 1000 and middle.warmup_iters == 20
+    assert plan(32 * 8000, world=4).accumulation_steps == 2
+    given = plan(32 * 8 * 20_000, accumulation_steps=2, warmup_iters=7, max_steps=100)
+    assert (given.accumulation_steps, given.total_steps, given.warmup_iters) == (2, 100, 7)
+    assert plan(64, max_steps=100).total_steps == 2
+
+
+def test_plan_without_rows_says_so():
+    with pytest.raises(UserError, match="d.jsonl: nothing to train on"):
+        plan(0)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_decay_pulls_on_matrices_only_and_each_weight_is_in_one_group(moe):
+    model = tiny(use_moe=moe)
+    frozen = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    optimizer = utils.make_optimizer(model, 0.1, torch.device("cpu"))
+    matrices, vectors = optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in set(model.parameters()) - {frozen})  # the tied weight once
+    assert listed.count(id(model.lm_head.weight)) == 1
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    optimizer.step()
+    for name, p in model.named_parameters():
+        shrunk = 1 - 0.5 * 0.1 if p.ndim >= 2 and p is not frozen else 1.0
+        assert torch.allclose(p, before[name] * shrunk, rtol=1e-6), name
+
+
+# ------------------------------------------------------------------------------------------------------ random numbers
+
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank(restored_torch):
+    def draw(seed: int, step: int, rank: int) -> tuple:
+        run = utils.Run("cpu", "float32", seed)
+        run.rank = rank
+        run.seed_step(step)
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    assert draw(1, 2, 0) == draw(1, 2, 0)
+    drawn = [draw(seed, step, rank) for seed in (1, 2) for step in (0, 1, 2) for rank in (0, 1)]
+    for kind in zip(*drawn, strict=True):
+        assert len(set(kind)) == len(drawn)
+
+
+def test_precision_of_a_run(restored_torch):
+    half, brain, full = (utils.Run("cpu", dtype, 0) for dtype in ("float16", "bfloat16", "float32"))
+    a = torch.randn(4, 4)
+    for run, dtype in [(half, torch.float16), (brain, torch.bfloat16), (full, torch.float32)]:
+        with run.autocast():
+            assert (a @ a).dtype is dtype
+    assert half.scaler.is_enabled() and not brain.scaler.is_enabled() and not full.scaler.is_enabled()
+    assert half.skips_allowed > brain.skips_allowed
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_loss_of_a_hand_computed_example():
+    # One row of three tokens over two words; the logits favour word 1 by 0, ln 3 and (unused) 5 nats.
+    logits = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)], [0.0, 5.0]]])
+    labels = torch.tensor([[1, 0, 1]])
+    for script in (train_pretrain, train_full_sft):
+        # Position 0 predicts label 0 of two equal words: ln 2. Position 1 predicts label 1 with probability 3/4.
+        assert script.token_nll(logits, labels).tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_against_float64(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 8, V, generator=generator) * 4).to(dtype)
+    labels = torch.randint(V, (3, 8), generator=generator)
+    labels[torch.rand(3, 8, generator=generator) < 0.4] = IGNORE
+    expected = []
+    for b in range(3):
+        for t in range(7):
+            label = int(labels[b, t + 1])  # the label of the next position, shifted once
+            log_probs = logits[b, t].double().log_softmax(-1)
+            expected.append(0.0 if label == IGNORE else -float(log_probs[label]))
+    nll = train_pretrain.token_nll(logits, labels)
+    assert nll.dtype is torch.float32  # a half-precision sum over thousands of tokens would be worth nothing
+    assert nll.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert 0 < sum(value == 0 for value in expected) < len(expected)
+
+
+def test_loss_of_ignored_labels_is_zero_and_so_is_its_gradient():
+    logits = torch.randn(2, 5, V, requires_grad=True)
+    nll = train_pretrain.token_nll(logits, torch.full((2, 5), IGNORE))
+    assert nll.tolist() == [0.0] * 8
+    nll.sum().backward()
+    assert not logits.grad.any()
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+
+def packed_rows(n: int, width: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Rows of two documents and some padding; about half of the labels are ignored."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for _ in range(n):
+        first = int(torch.randint(2, 6, (), generator=generator))
+        second = int(torch.randint(2, 6, (), generator=generator))
+        rest = width - first - second
+        ids = torch.randint(3, V, (width,), generator=generator)
+        labels = ids.masked_fill(torch.rand(width, generator=generator) < 0.4, IGNORE)
+        labels[[0, first]] = IGNORE
+        labels[first + second :] = IGNORE
+        parts = [first, second, rest]
+        rows.append({
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": torch.cat([torch.arange(part) for part in parts]),
+            "documents": torch.cat([torch.full((part,), d) for part, d in zip(parts, (0, 1, -1), strict=True)]),
+        })  # fmt: skip
+    return rows
+
+
+def test_validation_against_a_naive_loop():
+    model = tiny(dropout=0.5, initializer_range=0.2).train()
+    rows = packed_rows(7)
+    bytes_of = torch.arange(V) % 5
+    nats = tokens = text_bytes = 0
+    model.eval()
+    for row in rows[:5]:
+        for document in (0, 1):  # each document alone, in its own forward pass
+            here = row["documents"] == document
+            with torch.no_grad():
+                log_probs = model(row["input_ids"][here][None]).logits[0].double().log_softmax(-1)
+            for t, label in enumerate(row["labels"][here][1:].tolist()):
+                if label != IGNORE:
+                    nats -= float(log_probs[t, label])
+                    tokens += 1
+                    text_bytes += label % 5
+    model.train()
+    result = utils.validate(model, rows, train_pretrain.token_nll, one_process(), 2, 5, bytes_of)
+    assert result["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result["val_bpb"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_validation_shares_the_rows_among_ranks():
+    model, rows, bytes_of = tiny(), packed_rows(5), torch.ones(V, dtype=torch.long)
+    parts = []
+    for rank in range(3):
+        run = one_process(rank, 3)
+        run.sum_ranks = lambda value: parts.append(value) or value
+        utils.validate(model, rows, train_pretrain.token_nll, run, 2, 100, bytes_of)
+    alone = one_process()
+    alone.sum_ranks = lambda value: parts.append(value) or value
+    utils.validate(model, rows, train_pretrain.token_nll, alone, 2, 100, bytes_of)
+    assert torch.allclose(sum(parts[:3]), parts[3], rtol=1e-5)
+
+
+def test_validation_without_rows_and_without_labels():
+    model, bytes_of = tiny(), torch.ones(V)
+    assert utils.validate(model, [], train_pretrain.token_nll, one_process(), 2, 5, bytes_of) is None
+    rows = [{**row, "labels": torch.full_like(row["labels"], IGNORE)} for row in packed_rows(2)]
+    result = utils.validate(model, rows, train_pretrain.token_nll, one_process(), 2, 5, bytes_of)
+    assert result == {"val_loss": 0.0, "val_bpb": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------------------- run log
+
+
+@pytest.mark.parametrize("moe", [{}, {"use_moe": True, "n_routed_experts": 5, "num_experts_per_tok": 2}])
+def test_flops_against_the_sizes_of_the_layers(moe):
+    model = tiny(**moe)
+    products = model.lm_head.weight.numel()
+    for layer in model.model.layers:
+        used = [m for name, m in layer.named_modules() if isinstance(m, nn.Linear) and ".experts." not in name]
+        products += sum(linear.weight.numel() for linear in used)
+        if moe:
+            one_expert = sum(m.weight.numel() for m in layer.mlp.experts[0].modules() if isinstance(m, nn.Linear))
+            products += 2 * one_expert + layer.mlp.gate.weight.numel()
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)  # the PaLM count takes them along
+    # Scores and weighted sum of T/2 tokens on average: 2 products of D · T/2, forward and twice backward.
+    T, D, layers = 100, 32, 2
+    attention = layers * 2 * (2 * D * T / 2) * 3
+    assert run_log.flops_per_token(model, T) == 6 * (products + norms) + attention
+
+
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10", 125), ("NVIDIA A40", 150),
+        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX 6000 Ada Generation", 364), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce GTX 1080", None), ("NVIDIA RTX A4000", None), ("NVIDIA T400 4GB", None), ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3080 Ti", None), ("NVIDIA GB200", None),
+    ],
+)  # fmt: skip
+def test_peak_of_known_cards_only(name, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert run_log.peak_flops(torch.device("cuda", 0)) == (tera and tera * 1e12)
+    assert run_log.peak_flops(torch.device("cpu")) is None
+
+
+def write_metrics(folder, *lines: str) -> None:
+    (folder / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_metrics_with_a_torn_last_line(tmp_path):
+    write_metrics(tmp_path, '{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.5}', '{"step": 3, "lo')
+    assert run_log.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_loss_curve_is_a_picture(tmp_path):
+    assert run_log.plot_loss(tmp_path, "nothing yet") is None
+    write_metrics(tmp_path, '{"step": 1, "val_loss": 3.0}')
+    assert run_log.plot_loss(tmp_path, "no training loss yet") is None
+    lines = [json.dumps({"step": step, "loss": 5.0 - step}) for step in range(1, 4)]
+    write_metrics(tmp_path, *lines, '{"step": 4, "loss": null}')
+    first = run_log.plot_loss(tmp_path, "demo")
+    pictures = [first.read_bytes()]
+    write_metrics(tmp_path, *lines, '{"step": 3, "val_loss": 2.5, "val_bpb": 1.0}')
+    pictures.append(run_log.plot_loss(tmp_path, "demo").read_bytes())
+    for picture in pictures:
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")
+    assert pictures[0] != pictures[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_clock_and_finite():
+    assert [run_log.clock(s) for s in (0, 59.9, 3600, 7384)] == ["0:00:00", "0:00:59", "1:00:00", "2:03:04"]
+    values = [1, 2.5, float("nan"), float("inf"), -float("inf"), "x", None]
+    assert [run_log.finite(v) for v in values] == [1, 2.5, None, None, None, "x", None]
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run():
+    progress = Progress(step=7)
+    for finite in (False, False, True, False, False):
+        progress.count_skip(finite, 2)
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (4, 2)
+    with pytest.raises(UserError, match=r"NaN or infinite in 3 updates in a row.*--learning_rate"):
+        progress.count_skip(False, 2)
+
+
+def state(step: int) -> dict:
+    return {"model": {"w": torch.arange(4000.0) + step}, "step": step}
+
+
+def test_only_the_newest_states_are_kept(tmp_path):
+    for step in (2, 4, 6, 10):
+        checkpoint.save_state(tmp_path, state(step), {"progress": step}, step)
+    names = [f"step_{step:08d}{kind}" for step in (6, 10) for kind in (".json", ".pt")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    path, facts = checkpoint.newest_state(tmp_path)
+    assert path.name == "step_00000010.pt" and facts["progress"] == 10
+    assert torch.equal(torch.load(path, weights_only=True)["model"]["w"], state(10)["model"]["w"])
+
+
+def flip_a_bit(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda pt, about: pt.write_bytes(pt.read_bytes()[:-100]),
+        lambda pt, about: pt.write_bytes(b""),
+        lambda pt, about: flip_a_bit(pt),
+        lambda pt, about: about.unlink(),
+        lambda pt, about: about.write_bytes(b""),
+        lambda pt, about: about.write_bytes(about.read_bytes()[:-30]),
+        lambda pt, about: about.write_text("{}"),
+        lambda pt, about: about.write_text("null"),
+    ],
+    ids=["truncated", "empty", "bit flip", "no json", "empty json", "torn json", "json without sum", "other json"],
+)
+def test_a_damaged_newest_state_is_named_and_passed_over(damage, tmp_path, capsys):
+    assert checkpoint.newest_state(tmp_path) is None
+    checkpoint.save_state(tmp_path, state(2), {"progress": 2}, 2)
+    checkpoint.save_state(tmp_path, state(4), {"progress": 4}, 4)
+    damage(tmp_path / "step_00000004.pt", tmp_path / "step_00000004.json")
+    path, facts = checkpoint.newest_state(tmp_path)
+    assert path.name == "step_00000002.pt" and facts["progress"] == 2
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "warning" in warning and "step_00000004.pt" in warning
+    flip_a_bit(tmp_path / "step_00000002.pt")
+    assert checkpoint.newest_state(tmp_path) is None
+
+
+def make_run(out_dir, name: str, age: float) -> None:
+    folder = out_dir / "runs" / name
+    checkpoint.save_state(folder, state(1), {}, 1)
+    os.utime(folder / "step_00000001.pt", (1e9 - age, 1e9 - age))
+
+
+def test_the_run_written_last_is_found(tmp_path):
+    with pytest.raises(UserError, match="no saved state of pretrain.*start without --resume"):
+        checkpoint.find_run(tmp_path, "pretrain")
+    for name, age in [
+        ("pretrain_512", 30), ("pretrain_64", 20), ("pretrain_64_moe", 40), ("full_sft_64", 0),
+        ("pretrain_64.previous", 0), ("pretrain_64_old", 0), ("pretrain_x", 0),
+    ]:  # fmt: skip
+        make_run(tmp_path, name, age)
+    (tmp_path / "runs" / "pretrain_128").mkdir()  # begun, nothing saved
+    found = [
+        checkpoint.find_run(tmp_path, "pretrain", *given).name
+        for given in [(), (512,), (64,), (None, True), (64, False)]
+    ]
+    assert found == ["pretrain_64", "pretrain_512", "pretrain_64", "pretrain_64_moe", "pretrain_64"]
+    assert checkpoint.find_run(str(tmp_path), "full_sft").name == "full_sft_64"
+    for given in [(128,), (512, True)]:
+        with pytest.raises(UserError, match="no saved state of pretrain"):
+            checkpoint.find_run(tmp_path, "pretrain", *given)
+
+
+def test_signature_names_what_differs():
+    saved = {"seed": 1, "epochs": 2, "data": "abc"}
+    checkpoint.check_signature(saved, dict(saved))
+    with pytest.raises(UserError, match="epochs was 2, now it is 3") as error:
+        checkpoint.check_signature(saved, {**saved, "epochs": 3})
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="extra was None, now it is 5"):
+        checkpoint.check_signature(saved, {**saved, "extra": 5})
+
+
+def test_an_earlier_run_is_kept_aside(tmp_path, capsys):
+    folder, previous = tmp_path / "runs" / "pretrain_64", tmp_path / "runs" / "pretrain_64.previous"
+    checkpoint.start_folder(folder)
+    assert folder.is_dir() and not previous.exists()
+    checkpoint.start_folder(folder)
+    assert not previous.exists() and capsys.readouterr().out == ""  # an empty folder is no earlier run
+    for step in (1, 2):
+        checkpoint.save_state(folder, state(step), {"progress": step}, step)
+        checkpoint.start_folder(folder)
+        assert list(folder.iterdir()) == []
+        assert "an earlier run was here" in capsys.readouterr().out
+        path, facts = checkpoint.newest_state(previous)
+        assert (path.name, facts["progress"]) == (f"step_{step:08d}.pt", step)  # only the last one is kept
+
+
+def test_resumed_flags_are_those_of_the_run_unless_given_again(tmp_path):
+    def parse(*words: str) -> argparse.Namespace:
+        return checkpoint.parse_flags(shared_parser(), "pretrain", ["--out_dir", str(tmp_path), *words])
+
+    first = parse("--hidden_size", "64", "--batch_size", "7", "--use_moe", "--device", "cpu", "--data_path", "a.jsonl")
+    assert first.given["batch_size"] == 7
+    facts = {"args": first.given, "signature": {"model": {"hidden_size": 64}}}
+    checkpoint.save_state(tmp_path / "runs" / "pretrain_64_moe", state(1), facts, 1)
+    again = parse("--resume", "--batch_size", "9")
+    assert (again.hidden_size, again.use_moe, again.data_path) == (64, True, "a.jsonl")
+    assert again.batch_size == 9 and again.device is None and again.resume is True
+    assert again.out_dir == str(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (UserError("nothing to eat."), 2, "error: nothing to eat.\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_of_the_user_are_one_line(error, status, line, capsys, monkeypatch):
+    monkeypatch.delenv("MINIMIND_TRACEBACK", raising=False)
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(main)
+    assert stop.value.code == status and capsys.readouterr().err == line
+
+
+def test_errors_carry_the_rank_and_a_bug_shows_its_traceback(capsys, monkeypatch):
+    def main() -> None:
+        raise UserError("nothing to eat.")
+
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        utils.run_script(main)
+    assert capsys.readouterr().err == "error (rank 3): nothing to eat.\n"
+    monkeypatch.setenv("MINIMIND_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        utils.run_script(main)
+    with pytest.raises(ZeroDivisionError):
+        utils.run_script(lambda: 1 / 0)
+
+
+def test_cuda_asked_for_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="use --device cpu"):
+        utils.Run("cuda", "float32", 0)
