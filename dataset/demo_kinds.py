@@ -19,7 +19,7 @@ KINDS = (
     "counting", "memory", "story",
 )
 TESTS_PER_KIND = 24  # in each language
-MAX_ADDEND, MAX_COMPARED, MAX_SORTED, MAX_COUNT = 10, 99, 50, 7
+MAX_COMPARED, MAX_SORTED, MAX_COUNT = 50, 20, 7
 GAP = {"en": " ", "zh": ""}  # between two sentences
 COMMA = {"en": ", ", "zh": "、"}  # between the parts of a list
 PEOPLE_SLOTS = {  # what is held back for each person: one value of each of these
@@ -161,9 +161,19 @@ def phrase_item(rng: random.Random, lang: str, combination: tuple[int, int]) -> 
     return Item("translation", lang, (rng.choice(into[lang]).format(**values),), answer)
 
 
+def without_carry(kind: str) -> list[tuple[int, int]]:
+    """The pairs that are added (subtracted) digit by digit: of two digits each, and the pairs of single digits.
+
+    A pair is a new combination of known digit facts; a carry would ask for more than this little text can teach.
+    """
+    digits = [(x, y) for x in range(10) for y in range(10) if (x + y <= 9 if kind == "addition" else x >= y)]
+    tens = [(x, y) for x, y in digits if y > 0 and (x > 0 if kind == "addition" else x > y)]
+    return digits + [(10 * x + u, 10 * y + v) for x, y in tens for u, v in digits]
+
+
 COMBINED: dict[str, tuple[list[tuple[int, ...]], Callable[..., Item]]] = {  # every combination, and its item
-    "addition": ([(a, b) for a in range(MAX_ADDEND + 1) for b in range(MAX_ADDEND + 1)], sum_item),
-    "subtraction": ([(a + b, b) for a in range(MAX_ADDEND + 1) for b in range(MAX_ADDEND + 1)], difference_item),
+    "addition": (without_carry("addition"), sum_item),
+    "subtraction": (without_carry("subtraction"), difference_item),
     "comparison": (list(itertools.combinations(range(MAX_COMPARED + 1), 2)), comparison_item),
     "sorting": (list(itertools.combinations(range(1, MAX_SORTED + 1), 3)), sorting_item),
     "counting": ([(t, n) for t in range(len(world.COUNTED["en"])) for n in range(2, MAX_COUNT + 1)], counting_item),
@@ -178,7 +188,7 @@ COMBINED: dict[str, tuple[list[tuple[int, ...]], Callable[..., Item]]] = {  # ev
 def memory_item(
     rng: random.Random, lang: str, name: str, things: dict[str, str], between: list[Item], recalls: int = 1
 ) -> Item:
-    """The user tells the name and `things` (slot -> value), asks `between`, then asks for `recalls` of what was told."""
+    """The user tells the name and `things` (slot -> value), asks `between`, then `recalls` times what was told."""
     greetings, name_questions = world.MEMORY_NAME[lang]
     nice, noted = world.MEMORY_REPLY["name"][lang].format(n=name), world.MEMORY_REPLY["value"][lang]
     told = [(world.MEMORY[slot][lang][0].format(v=value), noted) for slot, value in things.items()]
@@ -233,17 +243,14 @@ class DemoWorld:
         self.seed = seed
         self.tests: dict[tuple[str, str], list[Item]] = {}
         self.listed: dict[tuple[str, str], list[Item]] = {}  # the listed kinds without their tests
-        self.held: dict[str, set[tuple[int, ...]]] = {}  # combinations of the COMBINED kinds, of either language
-        self.free: dict[tuple[str, str], list[tuple[int, ...]]] = {}  # what may be asked in each language's training
+        self.held: dict[str, set[tuple[int, ...]]] = {}  # combinations of the COMBINED kinds
+        self.free: dict[str, list[tuple[int, ...]]] = {}  # the others
         self.people = {lang: self._held_people(lang) for lang in LANGS}
         for lang in LANGS:
             for kind in LISTED:
                 self._split(kind, lang, TESTS_PER_KIND // 2 if kind == "words" else TESTS_PER_KIND)
         for kind in COMBINED:
-            if kind in ("addition", "subtraction"):
-                self._hold_sums(kind)
-            else:
-                self._hold(kind, TESTS_PER_KIND // 2 if kind == "phrases" else TESTS_PER_KIND)
+            self._hold(kind, TESTS_PER_KIND // 2 if kind == "phrases" else TESTS_PER_KIND)
         for lang in LANGS:
             self.tests["translation", lang] = self.tests.pop(("words", lang)) + self.tests.pop(("phrases", lang))
             self.tests["memory", lang] = self._memory_tests(lang)
@@ -271,35 +278,18 @@ class DemoWorld:
         self.listed[kind, lang] = [item for index, (_, item) in enumerate(combinations) if index not in test]
 
     def _hold(self, kind: str, count: int) -> None:
-        """Holds back `count` combinations, the same in both languages."""
+        """Holds back `count` combinations, the same in both languages; those of a sum in both orders."""
         combinations, make = COMBINED[kind]
         rng = self.rng("hold", kind)
-        chosen = rng.sample(combinations, count)
-        self.held[kind] = set(chosen)
+        wanted = combinations
+        if kind in ("addition", "subtraction"):  # two-digit pairs: their digits are met in many other pairs
+            wanted = [(a, b) for a, b in combinations if b > 9 and (a < b or kind == "subtraction")]
+        chosen = rng.sample(wanted, count)
+        self.held[kind] = set(chosen) | ({(b, a) for a, b in chosen} if kind == "addition" else set())
+        self.free[kind] = [c for c in combinations if c not in self.held[kind]]
         for lang in LANGS:
-            self.tests[kind, lang] = [make(rng, lang, combination) for combination in chosen]
-            self.free[kind, lang] = [c for c in combinations if c not in self.held[kind]]
-
-    def _hold_sums(self, kind: str) -> None:
-        """Holds back a part of the small table of sums, another part in each language, and asks it twice.
-
-        A pair of one language's test (in both orders) is met in the other language's questions only; no text of the
-        pretraining has it.
-        """
-        combinations, make = COMBINED[kind]
-        rng = self.rng("hold", kind)
-        distinct = [c for c in combinations if min(c) > 1 and c[0] != c[1] and (kind == "subtraction" or c[0] < c[1])]
-        chosen = rng.sample(distinct, TESTS_PER_KIND)
-        self.held[kind] = set()
-        for lang, pairs in zip(LANGS, (chosen[::2], chosen[1::2]), strict=True):
-            own = {*pairs, *((b, a) for a, b in pairs)} if kind == "addition" else set(pairs)
-            self.held[kind] |= own
-            self.free[kind, lang] = [c for c in combinations if c not in own]
-            tests: dict[Item, None] = {}  # in the order made, each once
-            while len(tests) < TESTS_PER_KIND:
-                a, b = pairs[len(tests) // 2]
-                tests[make(rng, lang, (b, a) if kind == "addition" and len(tests) % 2 else (a, b))] = None
-            self.tests[kind, lang] = list(tests)
+            orders = [c if kind != "addition" else tuple(rng.sample(c, 2)) for c in chosen]
+            self.tests[kind, lang] = [make(rng, lang, combination) for combination in orders]
 
     def _held_people(self, lang: str) -> dict[str, dict[str, str]]:
         rng = self.rng("people", lang)
@@ -371,7 +361,7 @@ class DemoWorld:
         if kind in LISTED:
             return list(itertools.islice(rounds(rng, self.listed[kind, lang]), count))
         make = COMBINED[kind][1]
-        return [make(rng, lang, c) for c in itertools.islice(rounds(rng, self.free[kind, lang]), count)]
+        return [make(rng, lang, c) for c in itertools.islice(rounds(rng, self.free[kind]), count)]
 
     def prose(self, kind: str, lang: str, count: int) -> list[str]:
         """`count` sentences (for people: little texts) that tell the same world without questions put to anybody."""
@@ -382,8 +372,8 @@ class DemoWorld:
             stories = (self.story(rng, lang) for _ in range(count))
             return [told.text + GAP[lang] + told.recap for told in stories]
         if kind in COMBINED:
-            free = [c for c in self.free[kind, lang] if c not in self.held[kind]]
-            return [combined_prose(rng, kind, lang, c) for c in itertools.islice(rounds(rng, free), count)]
+            combinations = itertools.islice(rounds(rng, self.free[kind]), count)
+            return [combined_prose(rng, kind, lang, c) for c in combinations]
         return list(itertools.islice(rounds(rng, listed_prose(kind, lang)), count))
 
     def _memory_prose(self, rng: random.Random, lang: str) -> str:

@@ -59,7 +59,7 @@ IGNORE = -100  # label of a token that is not trained on (the default ignore_ind
 ROLES = ("system", "user", "assistant", "tool")
 REASONED = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 PACK_VERSION = 1
-RELEASE_TOKENS = 1 << 24  # read this many tokens, then hand the mapped pages back
+RELEASE_TOKENS = 1 << 18  # read so many tokens, then hand the mapped pages back: each row read maps some 64 KiB
 
 # ---- record formats ------------------------------------------------------------------------------
 
@@ -331,10 +331,11 @@ def render_conversation(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     mark = ""
-    controls = _control_tokens(tokenizer)
-    if _mentions((messages, tools), controls):
-        mark = next(c for c in map(chr, range(0xF0000, 0xF1000)) if not _mentions((messages, tools), (c,)))
-        messages, tools = _guard((messages, tools), controls, mark)
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    said = json.dumps([messages, tools], ensure_ascii=False)
+    if any(control in said for control in controls):
+        mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in said)
+        messages, tools = _guard(messages, controls, mark), _guard(tools, controls, mark)
     try:
         texts, spans = render_jinja_template(
             [messages],
@@ -401,19 +402,7 @@ def _tokens_before(encoding: Any, z: int, n_chars: int) -> int:
     return max(encoding.char_to_token(z), encoding.char_to_token(z - 1) + 1)
 
 
-def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    return tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-
-
-def _mentions(value: Any, needles: tuple[str, ...]) -> bool:
-    if isinstance(value, str):
-        return any(n in value for n in needles)
-    if isinstance(value, dict):
-        return any(_mentions(v, needles) for kv in value.items() for v in kv)
-    return isinstance(value, (list, tuple)) and any(_mentions(v, needles) for v in value)
-
-
-def _guard(value: Any, controls: tuple[str, ...], mark: str) -> Any:
+def _guard(value: Any, controls: list[str], mark: str) -> Any:
     """Puts the mark on both sides of every control token inside strings, in keys too."""
     if isinstance(value, str):
         for control in controls:
@@ -421,8 +410,8 @@ def _guard(value: Any, controls: tuple[str, ...], mark: str) -> Any:
         return value
     if isinstance(value, dict):
         return {_guard(k, controls, mark): _guard(v, controls, mark) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_guard(v, controls, mark) for v in value)
+    if isinstance(value, list):
+        return [_guard(v, controls, mark) for v in value]
     return value
 
 

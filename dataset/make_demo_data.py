@@ -208,11 +208,12 @@ def reasoned(demo: DemoWorld, rng: random.Random, lang: str, numbers: tuple[int,
 def reasoning_numbers(demo: DemoWorld) -> dict[str, list[tuple[int, ...]]]:
     """The numbers of each reasoning file: no two files share a problem, no step is one that the test holds back."""
     rng = demo.rng("reasoning")
-    sums, differences = demo.held["addition"], demo.held["subtraction"]
-    span = range(1, 21)
-    chains = [(a, b, c) for a in span for b in span for c in span
-              if c <= a + b <= 20 and (a, b) not in sums and not {(a + b, c), (b, c)} & differences]
-    rng.shuffle(chains)
+    chains: dict[tuple[int, ...], None] = {}  # in the order drawn, each once
+    while len(chains) < 1124:
+        (a, b), (total, c) = rng.choice(demo.free["addition"]), rng.choice(demo.free["subtraction"])
+        if a + b == total and (b, c) not in demo.held["subtraction"]:  # "a + b - c" shows "b - c" as well
+            chains[a, b, c] = None
+    problems = list(chains)
     steps = {2: demo.held["comparison"], 3: demo.held["sorting"]}  # finding the smallest of two compares them
     fours: dict[tuple[int, ...], None] = {}  # in the order drawn, each once
     while len(fours) < 1000:
@@ -221,9 +222,9 @@ def reasoning_numbers(demo: DemoWorld) -> dict[str, list[tuple[int, ...]]]:
             fours[four] = None
     sorts = list(fours)
     return {
-        "reason_test": chains[:24] + sorts[:24],
-        "rl": chains[24:324] + sorts[24:324],
-        "reason": chains[324:1124] + sorts[324:],
+        "reason_test": problems[:24] + sorts[:24],
+        "rl": problems[24:324] + sorts[24:324],
+        "reason": problems[324:] + sorts[324:],
     }
 
 

@@ -45,7 +45,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CACHE_DIR = ROOT / "dataset" / ".cache"
 FORMAT_VERSION = 1  # raise it when the same input would give other files
-BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough to keep its threads busy, little memory
+BATCH_BYTES = 1 << 18  # text handed to the tokenizer at once: enough to keep its threads busy, little memory
 PROCESS_BYTES = 8 << 20  # a further process has to have this much text to be worth starting
 SCAN_BYTES = 1 << 22  # of the first pass, at once
 BAD_KEPT = 20  # how many bad records are remembered word for word
@@ -340,7 +340,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-_checked: set[tuple] = set()  # folders whose sums were compared in this process: train and val part share one
+# What this process has found already: the training and the validation part share a file and a cache.
+_checked: set[tuple] = set()  # folders whose sums are right
+_scanned: dict[tuple, tuple[str, list[Shard]]] = {}  # scan_jsonl of files
 
 
 def _damage(folder: Path) -> str | None:
@@ -551,7 +553,11 @@ def load_or_build(
     path = check_file(path)
     cache_dir = Path(cache_dir) if cache_dir is not None else DEFAULT_CACHE_DIR
     before = path.stat()
-    content_hash, shards = scan_jsonl(path, processes_for(before.st_size))
+    n_processes = processes_for(before.st_size)
+    state = (str(path.resolve()), before.st_size, before.st_mtime_ns, n_processes)
+    if state not in _scanned:
+        _scanned[state] = scan_jsonl(path, n_processes)
+    content_hash, shards = _scanned[state]
     folder = cache_dir / cache_key(content_hash, tokenizer, fmt)
     meta = read_meta(folder)
     if meta is None:
@@ -604,7 +610,7 @@ def _tokenise(
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        with _one_thread_each(len(shards)), _progress(tmp / "progress.bin", path, show):
+        with _for_helpers(len(shards)), _progress(tmp / "progress.bin", path, show):
             arrow = datasets.Dataset.from_generator(
                 generate_rows,
                 features=features,
@@ -620,7 +626,7 @@ def _tokenise(
                 },
                 num_proc=len(shards) if len(shards) > 1 else None,
                 fingerprint="tokens",  # hashing the arguments takes time, and the folder is ours alone
-                writer_batch_size=8,
+                writer_batch_size=32,
             )
         files = [f["filename"] for f in arrow.cache_files]
         del arrow  # its map would keep the file from being removed on Windows
@@ -654,19 +660,28 @@ def _tokenise(
 
 
 @contextmanager
-def _one_thread_each(n_processes: int) -> Iterator[None]:
-    """With several processes each tokenizer keeps to one thread: together they fill the cores."""
+def _for_helpers(n_processes: int) -> Iterator[None]:
+    """What several processes need: one tokenizer thread each (together they fill the cores), and memory that stays shared.
+
+    A garbage collection in a forked process writes to every object it looks at and so copies the pages of all that the
+    parent has imported, some 200 MB; frozen objects are not looked at.
+    """
+    if n_processes == 1:
+        yield
+        return
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
-    if n_processes > 1:
-        os.environ[name] = "false"
+    os.environ[name] = "false"
+    gc.collect()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         if before is not None:
             os.environ[name] = before
         else:
-            os.environ.pop(name, None)
+            del os.environ[name]
 
 
 def _export(files: list[str], tmp: Path, fmt: RecordFormat) -> dict:

@@ -355,7 +355,7 @@ class MoEGate(nn.Module):
 
 
 def grouped_mm_works(x: Tensor, weight: Tensor) -> bool:
-    """Whether there are grouped matrix products for this device and these sizes: Ampere or newer, rows of 16·n bytes."""
+    """Whether this device has grouped matrix products for these sizes: Ampere or newer, rows of whole 16 bytes."""
     return (
         x.is_cuda
         and hasattr(F, "grouped_mm")

@@ -250,14 +250,15 @@ def test_no_test_question_occurs_in_any_training_file(demo):
 
 @pytest.mark.parametrize("kind", ["addition", "subtraction"])
 def test_pairs_of_the_test_are_never_added_or_subtracted_in_training(demo, kind):
-    held = set(arithmetic_pairs((asked(record) for record in of_kind(demo, kind)), kind))
+    """In no language, no phrasing, no file; a sum in neither order. Their digits are met in many other pairs."""
+    held = set(arithmetic_pairs(map(asked, of_kind(demo, kind)), kind))
     assert len(held) >= 20
-    if kind == "addition":
-        held |= {(b, a) for a, b in held}
+    held |= {(b, a) for a, b in held} if kind == "addition" else set()
     seen = set(arithmetic_pairs((text for record in training(demo) for text in strings(record)), kind))
-    assert len(seen) > 150 and not held & seen
-    numbers_seen = Counter(a for a, b in seen if b < 100)
-    assert all(numbers_seen[a] >= 2 for a, _ in held), "each number itself is well known"
+    assert len(seen) > 1500 and not held & seen
+    for place in (1, 10):
+        digits = Counter((a // place % 10, b // place % 10) for a, b in seen if max(a, b) < 100)
+        assert all(digits[a // place % 10, b // place % 10] >= 10 for a, b in held)
 
 
 def test_compared_and_sorted_numbers_of_the_test_are_new(demo):
@@ -270,9 +271,9 @@ def test_compared_and_sorted_numbers_of_the_test_are_new(demo):
         found = frozenset(numbers(sentence))
         if len(found) == 2 and compares.search(sentence) and not calculates.search(sentence):
             seen_pairs.add(found)
-        elif len(found) == 3:
+        elif len(found) == 3 and not calculates.search(sentence):
             seen_triples.add(found)
-    assert len(seen_pairs) > 1000 and len(seen_triples) > 1000
+    assert len(seen_pairs) > 1000 and len(seen_triples) > 900
     assert not pairs & seen_pairs
     assert not triples & seen_triples
 

@@ -25,6 +25,7 @@ from model.model_minimind import (
     MiniMindForCausalLM,
     RMSNorm,
     apply_rotary,
+    attention_mask_4d,
     rope_frequencies,
     rotary_tables,
 )
@@ -353,22 +354,47 @@ def test_padded_batch_equals_each_alone(moe, side, flash):
         close(logits[i][mask[i].bool()], model(row[None]).logits[0])
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("cache_kind", ["dynamic", "static", "static with a mask of its full size"])
 @pytest.mark.parametrize("flash", [True, False], ids=["sdpa", "plain"])
-def test_left_padded_batch_in_cached_chunks(static, flash):
+def test_left_padded_batch_in_cached_chunks(cache_kind, flash):
     model = tiny(flash_attn=flash)
     rows = [ids(n, seed=n) for n in (9, 4)]
     batch, mask = pad_batch(rows, "left")
+    static = cache_kind != "dynamic"
     cache = StaticCache(config=model.config, max_cache_len=11) if static else DynamicCache(config=model.config)
     logits, done = [], 0
     with torch.no_grad():
         for n in (3, 4, 1, 1):
             done += n
+            seen = F.pad(mask[:, :done], (0, 11 - done if cache_kind.endswith("size") else 0))
             part = batch[:, done - n : done]
-            logits.append(model(part, attention_mask=mask[:, :done], past_key_values=cache, use_cache=True).logits)
+            logits.append(model(part, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
     logits = torch.cat(logits, 1)
     for i, row in enumerate(rows):
         close(logits[i][mask[i].bool()], model(row[None]).logits[0])
+
+
+def test_masks_drawn_out():
+    """1 where query t (row) may look at slot s (column), written down by hand."""
+
+    def drawn(*rows: str) -> Tensor:
+        return torch.tensor([[c == "1" for c in row] for row in rows])
+
+    def built(tokens, past, slots, attention_mask=None, documents=None, growing=True):
+        given = None if attention_mask is None else torch.tensor([attention_mask])
+        packed_in = None if documents is None else torch.tensor([documents])
+        mask = attention_mask_4d(tokens, past, slots, torch.device("cpu"), given, packed_in, growing)
+        return None if mask is None else mask[0, 0]
+
+    assert built(4, 0, 4) is None and built(1, 5, 6) is None  # the kernel's own causal mode
+    assert torch.equal(built(2, 2, 4), drawn("1110", "1111"))  # a chunk after two cached tokens
+    assert torch.equal(built(2, 1, 5, growing=False), drawn("11000", "11100"))  # a static cache of five slots
+    # Padding sees itself only, so that no softmax runs over nothing; nobody else sees it.
+    assert torch.equal(built(4, 0, 4, [0, 0, 1, 1]), drawn("1000", "0100", "0010", "0011"))
+    assert torch.equal(built(4, 0, 4, [1, 1, 0, 0]), drawn("1000", "1100", "1110", "1101"))
+    assert torch.equal(built(1, 2, 5, [0, 1, 1], growing=False), drawn("01100"))
+    assert torch.equal(built(5, 0, 5, documents=[0, 0, 1, -1, -1]), drawn("10000", "11000", "00100", "00010", "00011"))
+    assert torch.equal(built(3, 0, 3, [0, 1, 1], documents=[0, 0, 1]), drawn("100", "010", "001"))
 
 
 def test_mask_must_cover_the_cached_tokens():

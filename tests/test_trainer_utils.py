@@ -173,7 +173,6 @@ def test_a_boolean_flag_refuses_another_word(capsys):
         "--batch_size 0", "--batch_size -1", "--accumulation_steps 0", "--epochs 0", "--log_interval 0",
         "--save_interval 0", "--max_steps 0", "--val_interval -1", "--warmup_iters -1", "--hidden_size 0", "--seed -1",
         "--batch_size 2.5", "--learning_rate fast", "--learning_rate -1", "--grad_clip 0", "--weight_decay -0.1",
-        "--hidden_size 36",
     ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused_with_the_flags_name(words, capsys):
@@ -263,7 +262,7 @@ def test_decay_pulls_on_matrices_only_and_each_weight_is_in_one_group(moe):
 # ------------------------------------------------------------------------------------------------------ random numbers
 
 
-def test_random_numbers_are_a_function_of_seed_step_and_rank(restored_torch):
+def test_random_numbers_are_a_function_of_seed_step_and_rank(restored_process):
     def draw(seed: int, step: int, rank: int) -> tuple:
         run = utils.Run("cpu", "float32", seed)
         run.rank = rank
@@ -276,7 +275,7 @@ def test_random_numbers_are_a_function_of_seed_step_and_rank(restored_torch):
         assert len(set(kind)) == len(drawn)
 
 
-def test_precision_of_a_run(restored_torch):
+def test_precision_of_a_run(restored_process):
     half, brain, full = (utils.Run("cpu", dtype, 0) for dtype in ("float16", "bfloat16", "float32"))
     a = torch.randn(4, 4)
     for run, dtype in [(half, torch.float16), (brain, torch.bfloat16), (full, torch.float32)]:
@@ -537,14 +536,13 @@ def test_the_run_written_last_is_found(tmp_path):
         make_run(tmp_path, name, age)
     (tmp_path / "runs" / "pretrain_128").mkdir()  # begun, nothing saved
     found = [
-        checkpoint.find_run(tmp_path, "pretrain", *given).name
-        for given in [(), (512,), (64,), (None, True), (64, False)]
+        checkpoint.find_run(tmp_path, "pretrain", *size).name for size in [(), (512,), (64,), (None, True), (64, False)]
     ]
     assert found == ["pretrain_64", "pretrain_512", "pretrain_64", "pretrain_64_moe", "pretrain_64"]
     assert checkpoint.find_run(str(tmp_path), "full_sft").name == "full_sft_64"
-    for given in [(128,), (512, True)]:
+    for size in [(128,), (512, True)]:
         with pytest.raises(UserError, match="no saved state of pretrain"):
-            checkpoint.find_run(tmp_path, "pretrain", *given)
+            checkpoint.find_run(tmp_path, "pretrain", *size)
 
 
 def test_signature_names_what_differs():
@@ -578,12 +576,12 @@ def test_resumed_flags_are_those_of_the_run_unless_given_again(tmp_path):
 
     first = parse("--hidden_size", "64", "--batch_size", "7", "--use_moe", "--device", "cpu", "--data_path", "a.jsonl")
     assert first.given["batch_size"] == 7
-    facts = {"args": first.given, "signature": {"model": {"hidden_size": 64}}}
+    facts = {"args": first.given, "config": {"hidden_size": 64}}
     checkpoint.save_state(tmp_path / "runs" / "pretrain_64_moe", state(1), facts, 1)
     again = parse("--resume", "--batch_size", "9")
     assert (again.hidden_size, again.use_moe, again.data_path) == (64, True, "a.jsonl")
     assert again.batch_size == 9 and again.device is None and again.resume is True
-    assert again.out_dir == str(tmp_path)
+    assert again.out_dir == str(tmp_path) and again.saved_config == {"hidden_size": 64}
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -51,8 +51,8 @@ class Progress:
         if self.skipped_in_a_row > allowed_in_a_row:
             raise UserError(
                 f"the gradient was NaN or infinite in {self.skipped_in_a_row} updates in a row, up to update "
-                f"{self.step}. The weights before them are saved. Try a smaller --learning_rate, more --warmup_iters, "
-                "--dtype float32, and check the data with `python dataset/check_data.py FILE`."
+                f"{self.step + 1}. What was saved before is whole. Start again with a smaller --learning_rate, more "
+                "--warmup_iters or --dtype float32, and check the data with `python dataset/check_data.py FILE`."
             )
 
 
@@ -85,7 +85,7 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
         try:
             facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             whole = facts["sha256"] == sha256_of(path)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if whole:
             return path, facts
@@ -111,7 +111,10 @@ def find_run(out_dir: str | Path, stage: str, hidden_size: int | None = None, us
 
 
 def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; with `--resume` those of the interrupted run, where the command line does not name them again."""
+    """The flags; with `--resume` those of the interrupted run, where the command line does not name them again.
+
+    Raises: UserError when there is nothing to resume; OSError when the output folder cannot be made.
+    """
     args = parser.parse_args(argv)
     if args.resume:
         newest = newest_state(find_run(args.out_dir, stage, args.hidden_size, args.use_moe))
@@ -120,13 +123,18 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
         kept = {name: value for name, value in newest[1]["args"].items() if name not in ("resume", "out_dir", "device")}
         parser.set_defaults(**kept)
         args = parser.parse_args(argv)
-    args.given = {name: value for name, value in vars(args).items() if name != "given"}
+    args.given = dict(vars(args))
+    args.saved_config = newest[1]["config"] if args.resume else None
+    try:
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out_dir {args.out_dir} cannot be made ({error}); name a folder you may write to.") from error
     return args
 
 
 def check_signature(saved: dict, now: dict) -> None:
     """Raises: UserError naming what differs, when the run could not go on as the same run."""
-    for name in sorted(saved.keys() | now.keys()):
+    for name in {**saved, **now}:
         if saved.get(name) != now.get(name):
             raise UserError(
                 f"--resume cannot go on: {name} was {saved.get(name)}, now it is {now.get(name)}. "
@@ -148,10 +156,17 @@ def start_folder(folder: Path) -> None:
 def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run) -> MiniMindForCausalLM:
     """The model a stage starts from: the weights named by `--from_weight` (a stage or a file), or a new one.
 
-    Weights know their configuration; a size given on the command line must agree with it.
-    Raises: WeightsError when weights are missing, of another size, or do not fit the tokenizer.
+    Weights know their configuration; a size given on the command line must agree with it. A resumed run knows it too:
+    the weights that it began with may be gone by then.
+    Raises: WeightsError when weights are missing, of another size, or do not fit the tokenizer; UserError when a size
+    given to a resumed run is not its own.
     """
     given = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
+    if args.resume:
+        config = MiniMindConfig(**args.saved_config)
+        asked = {name: value for name, value in given.items() if value is not None}
+        check_signature({name: getattr(config, name) for name in asked}, asked)
+        return MiniMindForCausalLM(config).to(run.device).train()
     if args.from_weight in (None, "none"):
         config = MiniMindConfig(
             hidden_size=args.hidden_size or 512,
@@ -184,14 +199,16 @@ class Keeper:
     def restore_or_start(self, data_key: str) -> Progress:
         """With `--resume` the newest whole state, else an empty run folder.
 
-        Raises: UserError when data, model, global batch or schedule are not those of the saved run.
+        Raises: UserError when data, global batch or schedule are not those of the saved run.
         """
         args = self.args
-        same = "seed max_seq_len epochs total_steps warmup_iters learning_rate weight_decay grad_clip".split()
-        self.signature = {name: getattr(args, name) for name in same} | {
-            "data": data_key,
+        same = "epochs total_steps warmup_iters learning_rate weight_decay grad_clip".split()
+        # In the order in which a difference is named: the causes before what follows from them.
+        self.signature = {
             "rows per update": args.batch_size * args.accumulation_steps * self.run.world_size,
-            "model": json.loads(json.dumps(self.model.config.to_diff_dict())),
+            **{name: getattr(args, name) for name in ("seed", "max_seq_len", "val_ratio")},
+            "data (content, tokenizer, settings)": data_key,
+            **{name: getattr(args, name) for name in same},
         }
         if not self.args.resume:
             if self.run.is_main:
@@ -202,6 +219,9 @@ class Keeper:
             raise UserError(f"--resume found no whole state in {self.folder}; start without --resume.")
         path, facts = newest
         check_signature(facts["signature"], self.signature)
+        if self.run.is_main:  # what a killed process left half written
+            for part in [*self.folder.glob("*.part"), *self.weights.parent.glob(f"{self.weights.stem}.*.part")]:
+                part.unlink(missing_ok=True)
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -226,6 +246,7 @@ class Keeper:
         facts = {
             "progress": asdict(self.progress),
             "args": self.args.given,
+            "config": self.model.config.to_diff_dict(),
             "signature": self.signature,
             "wandb_id": self.wandb_id,
         }

@@ -3,6 +3,7 @@ picture."""
 
 import json
 import math
+import re
 import sys
 import time
 from argparse import Namespace
@@ -32,7 +33,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for key, tera in PEAK_TFLOPS.items() if key in name), None)
+    other_card = r"(?! (?:Ti|SUPER|D|NVL|Laptop))"  # same name, another chip
+    return next((tera * 1e12 for key, tera in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b{other_card}", name)), None)
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
@@ -129,7 +131,7 @@ class RunLog:
         record = {
             "step": progress.step,
             "epoch": progress.epoch + 1,
-            "loss": nats / max(self.trained, 1),
+            "loss": nats / self.trained if self.trained else math.nan,
             "lr": lr,
             "grad_norm": float(grad_norm),
             "tokens": progress.tokens,

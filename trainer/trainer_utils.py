@@ -88,7 +88,7 @@ def number(kind: type, low: float, excluded: bool = False) -> Callable[[str], fl
 
 def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
     """Flags that every trainer takes; `defaults` are the stage's own values."""
-    count, share = number(int, 1), number(float, 0)
+    count, natural, amount, positive = number(int, 1), number(int, 0), number(float, 0), number(float, 0, excluded=True)
     shape = parser.add_argument_group("model (left out: taken from the starting weights, else 512 × 8)")
     shape.add_argument("--hidden_size", type=count, help="width, for example 768")
     shape.add_argument("--num_hidden_layers", type=count, help="depth, for example 16")
@@ -96,21 +96,23 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="JSON Lines file; left out: a known name in dataset/, else the demo data")
     data.add_argument("--max_seq_len", type=count, help="tokens per row; documents are packed into rows")
-    data.add_argument("--val_ratio", type=share, default=0.01, help="share of the records held out for validation")
+    data.add_argument("--val_ratio", type=amount, default=0.01, help="share of the records held out for validation")
     data.add_argument("--skip_bad_records", action=BoolFlag, default=False, help="count malformed lines, do not stop")
     data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache")
-    data.add_argument("--num_workers", type=number(int, 0), help="processes that read rows; default 2 on CUDA, else 0")
+    data.add_argument("--num_workers", type=natural, help="processes that read rows; default 2 on CUDA, else 0")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=count, help="passes over the data")
     optim.add_argument("--batch_size", type=count, help="rows per micro-batch on each device")
     accumulation = "micro-batches per update; default 8, less where that would leave under 1,000 updates"
     optim.add_argument("--accumulation_steps", type=count, help=accumulation)
-    optim.add_argument("--learning_rate", type=share, help="peak, reached after the warm-up; falls to a tenth of it")
-    optim.add_argument("--warmup_iters", type=number(int, 0), help="updates of linear warm-up; default 2%% of all, at most 200")
-    optim.add_argument("--weight_decay", type=share, default=0.1, help="on matrices only")
-    optim.add_argument("--grad_clip", type=number(float, 0, excluded=True), default=1.0, help="largest gradient norm")
+    optim.add_argument("--learning_rate", type=amount, help="peak, reached after the warm-up; falls to a tenth of it")
+    optim.add_argument(
+        "--warmup_iters", type=natural, help="updates of linear warm-up; default 2%% of all, at most 200"
+    )
+    optim.add_argument("--weight_decay", type=amount, default=0.1, help="on matrices only")
+    optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest gradient norm")
     optim.add_argument("--max_steps", type=count, help="stop after this many updates; the schedule is fitted to it")
-    optim.add_argument("--seed", type=number(int, 0), default=42, help="fixes initialisation, order of rows and dropout")
+    optim.add_argument("--seed", type=natural, default=42, help="fixes initialisation, order of rows and dropout")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cuda:1, mps or cpu; default the best there is")
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="arithmetic under autocast")
@@ -119,7 +121,9 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="weights and run folders, for example out")
     output.add_argument("--log_interval", type=count, default=10, help="updates between log lines")
     output.add_argument("--save_interval", type=count, default=100, help="updates between saves")
-    output.add_argument("--val_interval", type=number(int, 0), default=100, help="updates between validations; 0: only the last")
+    output.add_argument(
+        "--val_interval", type=natural, default=100, help="updates between validations; 0: only the last"
+    )
     output.add_argument("--val_rows", type=count, default=128, help="held-out rows that a validation reads")
     output.add_argument("--resume", action=BoolFlag, default=False, help="go on where the last run stopped")
     output.add_argument("--use_wandb", action=BoolFlag, default=False, help="log to wandb too (offline: WANDB_MODE)")
