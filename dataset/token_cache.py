@@ -475,7 +475,7 @@ def token_hash(ids: np.ndarray) -> int:
 def generate_rows(
     shards: Sequence[dict], path: str, fmt: RecordFormat, tokenizer: Any, dtype: str, skip_bad: bool, tmp: str
 ) -> Iterator[dict]:
-    """Runs in the tokenising processes: one row per batch of records, flat arrays that Arrow takes as they are.
+    """Runs in the tokenising processes: one row of flat arrays per batch of records.
 
     A bad record is written to `error-<shard>.json` before the run is ended: an exception loses its type on the way.
     """
@@ -493,15 +493,16 @@ def generate_rows(
             ids, trained = fmt.encode(items, tokenizer) if items else ([], [])
             ids = [np.ascontiguousarray(i, dtype=dtype) for i in ids]
             row = {
-                "tokens": np.concatenate(ids) if ids else np.zeros(0, dtype),
+                "tokens": np.concatenate([np.zeros(0, dtype), *ids]),
                 "lengths": np.array([len(i) for i in ids], np.int64),
                 "hashes": np.array([token_hash(i) for i in ids], np.uint64),
-                "n_bad": len(bad),
-                "bad": [json.dumps(b) for b in bad[:BAD_KEPT]],
             }
             if fmt.masked:
-                row["trained"] = np.concatenate(trained).astype(np.uint8) if ids else np.zeros(0, np.uint8)
+                row["trained"] = np.concatenate([np.zeros(0, np.uint8), *trained]).astype(np.uint8)
                 row["first_trained"] = np.array([int(t.argmax()) if t.any() else len(t) for t in trained], np.int32)
+            # As bytes: `datasets` would turn an array into a list of Python numbers on its way into Arrow.
+            row = {name: array.tobytes() for name, array in row.items()}
+            row |= {"n_bad": len(bad), "bad": json.dumps(bad[:BAD_KEPT])}
             yield row
             done[shard.index] += n_bytes
 
@@ -598,11 +599,9 @@ def _tokenise(
             "tokenising needs the package `datasets`, which is not installed; type: pip install datasets"
         ) from None
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    columns = {"tokens": dtype, "lengths": "int64", "hashes": "uint64", "bad": "string"}
-    if fmt.masked:
-        columns |= {"trained": "uint8", "first_trained": "int32"}
-    features = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in columns.items()}
-    features = datasets.Features(features | {"n_bad": datasets.Value("int64")})
+    columns = ["tokens", "lengths", "hashes", *(["trained", "first_trained"] if fmt.masked else [])]
+    features = {name: datasets.Value("binary") for name in columns}
+    features = datasets.Features(features | {"n_bad": datasets.Value("int64"), "bad": datasets.Value("string")})
 
     np.zeros(len(shards), np.int64).tofile(tmp / "progress.bin")
     bars = datasets.are_progress_bars_disabled()
@@ -661,7 +660,7 @@ def _tokenise(
 
 @contextmanager
 def _for_helpers(n_processes: int) -> Iterator[None]:
-    """What several processes need: one tokenizer thread each (together they fill the cores), and memory that stays shared.
+    """What several processes need: one tokenizer thread each (together they fill the cores), and shared memory.
 
     A garbage collection in a forked process writes to every object it looks at and so copies the pages of all that the
     parent has imported, some 200 MB; frozen objects are not looked at.
@@ -688,29 +687,29 @@ def _export(files: list[str], tmp: Path, fmt: RecordFormat) -> dict:
     """Arrow to flat files, one record batch in memory at a time (a mapped Arrow file would count as resident)."""
     import pyarrow as pa
 
-    lengths, hashes, first, bad, n_bad = [], [], [], [], 0
+    arrays: dict[str, list[np.ndarray]] = {"lengths": [], "hashes": [], "first_trained": []}
+    kinds = {"lengths": np.int64, "hashes": np.uint64, "first_trained": np.int32}
+    bad, n_bad = [], 0
     with open(tmp / "tokens.bin", "wb") as tokens, open(tmp / "trained.bin", "wb") as trained:
         for file in files:
             with pa.OSFile(file, "rb") as source, pa.ipc.open_stream(source) as reader:
                 for batch in reader:
-                    column = {name: batch.column(name) for name in batch.schema.names}
-                    tokens.write(column["tokens"].flatten().to_numpy())
-                    lengths.append(column["lengths"].flatten().to_numpy().copy())
-                    hashes.append(column["hashes"].flatten().to_numpy().copy())
-                    n_bad += int(column["n_bad"].to_numpy().sum())
-                    if len(bad) < BAD_KEPT:
-                        bad += [json.loads(b) for b in column["bad"].flatten().to_pylist()]
-                    if fmt.masked:
-                        trained.write(column["trained"].flatten().to_numpy())
-                        first.append(column["first_trained"].flatten().to_numpy().copy())
-    lengths = np.concatenate(lengths)
+                    for row in batch.to_pylist():
+                        tokens.write(row["tokens"])
+                        if fmt.masked:
+                            trained.write(row["trained"])
+                        for name in arrays.keys() & row.keys():
+                            arrays[name].append(np.frombuffer(row[name], kinds[name]))
+                        n_bad += row["n_bad"]
+                        bad += json.loads(row["bad"])[: BAD_KEPT - len(bad)]
+    lengths = np.concatenate(arrays["lengths"])
     np.save(tmp / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(tmp / "hashes.npy", np.concatenate(hashes))
+    np.save(tmp / "hashes.npy", np.concatenate(arrays["hashes"]))
     if fmt.masked:
-        np.save(tmp / "first_trained.npy", np.concatenate(first))
+        np.save(tmp / "first_trained.npy", np.concatenate(arrays["first_trained"]))
     else:
         (tmp / "trained.bin").unlink()
-    return {"records": len(lengths), "tokens": int(lengths.sum()), "skipped": n_bad, "bad": bad[:BAD_KEPT]}
+    return {"records": len(lengths), "tokens": int(lengths.sum()), "skipped": n_bad, "bad": bad}
 
 
 @contextmanager

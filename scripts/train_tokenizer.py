@@ -6,7 +6,7 @@ https://arxiv.org/abs/1508.07909) starts from small units and keeps joining the 
 - every word counts with a weight, so that Chinese and English, books and chats get the shares of `--shares`, however
   large their files are;
 - a merge never ends inside a character. Plain byte-level BPE likes pairs such as 的 + the first byte of the next
-  character; those steal bytes from that character, which then falls apart. Without them Chinese needs 1 % fewer tokens;
+  character; those steal bytes from that character, which then falls apart. Chinese chats need 1 % fewer tokens so;
 - text is counted line by line, so a newline is always a token of its own. `<|im_start|>assistant\\n` therefore has the
   same tokens with and without an answer behind it: what generation starts from is what training saw.
 
@@ -23,6 +23,7 @@ pre-tokenizer is the form that llama.cpp knows as "smollm".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -49,9 +50,8 @@ TAGS = (
 VOCAB_SIZE = 6400
 MODEL_MAX_LENGTH = 32768
 
-# Share of each group in the weighted text. Chosen on the project's corpora so that the four compression targets are
-# met with about equal room. Chats weigh most: what they say (today's Chinese and English) is also what books need,
-# the reverse holds less.
+# Share of each group in the weighted text, tuned on held-out text so that no group's compression falls behind. Chats
+# weigh most: their words (today's Chinese and English) also serve books, the reverse holds less.
 SHARES = {"zh_text": 0.054, "en_text": 0.04, "zh_chat": 0.483, "en_chat": 0.423}
 GROUPS = tuple(SHARES)
 CHAT_KEYS = ("content", "reasoning_content", "tools", "tool_calls")
@@ -62,7 +62,9 @@ SURROGATES = re.compile("[\ud800-\udfff]")  # half a character, from a broken \u
 LONG_LINE = 40  # a line of this many characters that was seen before is boilerplate: counted once
 
 # Written for transformers, and plain enough for the small Jinja engines of llama.cpp and others. What stands between
-# `generation` and `endgeneration` is what the assistant writes: the training mask.
+# `generation` and `endgeneration` is what the assistant writes: the training mask. Contents are rendered as they are,
+# so a content that spells <|im_end|> would become the control token when the text is tokenised: whoever tokenises text
+# of strangers has to encode such contents as plain text, as dataset/lm_dataset.py does.
 CHAT_TEMPLATE = r"""
 {#- ChatML: <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. No system turn is made up. -#}
 {%- set first_is_system = messages and messages[0].role == 'system' %}
@@ -533,7 +535,7 @@ def save_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> list[Path]:
             os.replace(part, path)
     except OSError as e:
         for part in parts:
-            if part.exists():
+            with contextlib.suppress(OSError):  # the error worth reporting is the first one
                 part.unlink()
         raise OSError(f"Cannot write {out_dir}: {e.strerror or e}. Give another folder with --out_dir.") from e
     return paths

@@ -601,6 +601,22 @@ def test_dropout_only_in_training():
     assert torch.equal(tiny().train()(x).logits, tiny()(x).logits)
 
 
+def test_dropout_on_embedding_attention_and_feed_forward():
+    """Half of the channels vanish at each of the three places, the others double."""
+    model, x = tiny(dropout=0.5).train(), ids(8, 32)
+    seen = {}
+    block = model.model.layers[0]
+    block.register_forward_hook(lambda module, args, out: seen.update(start=args[0], end=out[0]))
+    block.self_attn.register_forward_hook(lambda module, args, out: seen.update(attention=out))
+    model(x)
+    embedded = model.model.embed_tokens(x)
+    kept = seen["start"] != 0
+    close(seen["start"][kept], 2 * embedded[kept])
+    between = seen["start"] + seen["attention"]
+    for dropped in (~kept, seen["attention"] == 0, seen["end"] == between):
+        assert dropped.float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
 @pytest.mark.parametrize("flash", [True, False], ids=["sdpa", "plain"])
 def test_dropout_keeps_the_mean(flash):
     """Attention probabilities are dropped and rescaled: the average over many draws is the eval output."""
@@ -823,7 +839,7 @@ def test_folder_works_without_the_repository(moe, tmp_path):
     }
     done = subprocess.run(
         [sys.executable, "-c", REMOTE, str(tmp_path / "folder"), str(tmp_path / "batch.pt"), str(tmp_path / "out.pt")],
-        cwd=tmp_path / "empty", env=env, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path / "empty", env=env, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     out = torch.load(tmp_path / "out.pt")

@@ -621,7 +621,19 @@ def test_errors_carry_the_rank_and_a_bug_shows_its_traceback(capsys, monkeypatch
         utils.run_script(lambda: 1 / 0)
 
 
-def test_cuda_asked_for_where_there_is_none(monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:x", "toaster", "cpu:1", ""])
+def test_a_device_that_is_not_there(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="use --device cpu"):
-        utils.Run("cuda", "float32", 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device {device}: .*use --device cpu"):
+        utils.Run(device, "float32", 0)
+
+
+def test_devices_that_are_there(monkeypatch):
+    assert utils.find_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert utils.find_device("cuda:1") == torch.device("cuda", 1)
+    assert utils.find_device(None) == utils.find_device("cuda") == torch.device("cuda")
+    with pytest.raises(UserError, match="use --device cuda"):
+        utils.find_device("cuda:2")

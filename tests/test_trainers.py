@@ -34,7 +34,7 @@ from trainer import checkpoint, run_log, train_full_sft, train_pretrain
 from trainer import trainer_utils as utils
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
-LIMIT_SECONDS = 120  # of a started process
+LIMIT_SECONDS = 240  # of a started process
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
@@ -58,14 +58,17 @@ def files(tmp_path_factory) -> SimpleNamespace:
     """Small files of both stages, and a folder for their token caches."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
-    texts = [" ".join(sentence(rng) for _ in range(rng.randint(1, 5))) for _ in range(240)]
     chats = []
     for _ in range(120):
         a, b = rng.randint(0, 9), rng.randint(0, 9)
         turns = [f"{a} + {b} = ?", f"{a} + {b} = {a + b}", "你好", sentence(rng)]  # without roles: they alternate
         chats.append([{"content": turn} for turn in turns[: rng.choice([2, 4])]])
+    texts = [{"text": " ".join(sentence(rng) for _ in range(rng.randint(1, 5)))} for _ in range(150)]
+    pretrain = write_records(folder / "pretrain.jsonl", texts)
+    while len(PretrainDataset(pretrain, load_tokenizer(), 64, val_ratio=0.05, cache_dir=folder / "cache")) % 4 == 0:
+        pretrain = write_records(pretrain, texts := texts[1:])  # an epoch is to end with a ragged update
     return SimpleNamespace(
-        pretrain=write_records(folder / "pretrain.jsonl", [{"text": text} for text in texts]),
+        pretrain=pretrain,
         full_sft=write_records(folder / "sft.jsonl", [{"conversations": turns} for turns in chats]),
         cache=folder / "cache",
     )
@@ -245,7 +248,6 @@ def reference(files, tmp_path_factory) -> SimpleNamespace:
     assert result.status == 0, result.err
     data = PretrainDataset(files.pretrain, load_tokenizer(), 64, val_ratio=0.05, cache_dir=files.cache)
     per_epoch = math.ceil(len(data) / 4)
-    assert len(data) % 4, "the epoch should end with a ragged update; change the number of records"
     return SimpleNamespace(out_dir=out_dir, result=result, watch=watch, data=data, per_epoch=per_epoch)
 
 
@@ -469,7 +471,7 @@ def layout_runs(files, tmp_path_factory):
         for name, (batch, accumulation) in LAYOUTS.items():
             out_dirs[name] = folder / name.replace(" ", "_")
             arguments = tiny_flags(
-                files, out_dirs[name], batch_size=batch, accumulation_steps=accumulation, epochs=2, max_steps=4,
+                files, out_dirs[name], batch_size=batch, accumulation_steps=accumulation, epochs=2, max_steps=6,
                 warmup_iters=1, learning_rate=1e-3, use_moe=moe,
             )  # fmt: skip
             launch = torchrun if "ranks" in name else train
@@ -484,21 +486,22 @@ def layout_runs(files, tmp_path_factory):
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_any_layout_of_the_batch_is_the_same_update(layout, moe, layout_runs, reference):
-    assert 64 < len(reference.data) < 96, "expected three updates per epoch, the last one ragged"
+    assert len(reference.data) % 4 and len(reference.data) < 5 * 32  # both epochs are reached, their ends are ragged
     out_dirs, size = layout_runs(moe), "32_moe" if moe else "32"
     one, other = (metrics(out_dirs[name], size=size) for name in ("1 x 32", layout))
     assert curve(one, "step") == curve(other, "step")
-    assert curve(one, "tokens") == curve(other, "tokens") and len(curve(one, "tokens")) == 4
-    assert curve(other) == pytest.approx(curve(one), rel=2e-4 if moe else 2e-6)
-    # Adam does not see the scale of a gradient, its norm does.
-    assert curve(other, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=2e-2 if moe else 2e-5)
+    assert curve(one, "tokens") == curve(other, "tokens") and len(curve(one, "tokens")) == 6
+    # A rounded router score may send a token to another expert, hence the wider tolerance.
+    close = functools.partial(pytest.approx, rel=1e-4 if moe else 1e-6)
+    assert curve(other) == close(curve(one))
+    assert curve(other, "grad_norm") == close(curve(one, "grad_norm"))  # Adam does not see a wrong scale, the norm does
+    assert curve(other, "aux_loss") == close(curve(one, "aux_loss")) and bool(curve(one, "aux_loss")) is moe
     for name in ("val_loss", "val_bpb"):
-        assert curve(other, name) == pytest.approx(curve(one, name), rel=2e-4 if moe else 2e-6)
-        assert len(curve(one, name)) == 1
+        assert curve(other, name) == close(curve(one, name)) and len(curve(one, name)) == 1
     (a, facts), (b, other_facts) = final_state(out_dirs["1 x 32"], size=size), final_state(out_dirs[layout], size=size)
     assert facts["progress"] == other_facts["progress"]
     worst = max(float((a["model"][name] - b["model"][name]).abs().max()) for name in a["model"])
-    assert worst < (1e-3 if moe else 2e-5), worst  # four updates of up to 1e-3 each
+    assert worst < (1e-4 if moe else 2e-6), worst  # six updates of up to 1e-3 each
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

@@ -78,11 +78,13 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
             with run.sync_only_if(model, last=i == len(micros) - 1), run.autocast():
                 out = model(micro["input_ids"], position_ids=micro["position_ids"], documents=micro["documents"])
                 micro_nats = nll(out.logits, micro["labels"]).sum()
+                # The balance loss is a mean over rows; padding that fills up the last update of an epoch is none.
+                micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                 # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
-                loss = micro_nats / max(trained, 1) * run.world_size + out.aux_loss / len(micros)
+                loss = (micro_nats / max(trained, 1) + micro_balance) * run.world_size
                 run.scaler.scale(loss).backward()
             nats += micro_nats.detach()
-            balance += out.aux_loss.detach() / len(micros)
+            balance += micro_balance.detach()
 
         # [shared: optimizer-step] clip → non-finite guard → step → zero
         run.scaler.unscale_(optimizer)
@@ -98,7 +100,7 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
         progress.advance(rows, tokens)
         log.count(nats if finite else torch.zeros_like(nats), trained if finite else 0, tokens, waited)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:
-            log.line(progress, lr, grad_norm, balance.item() if raw_model.config.use_moe else None)
+            log.line(progress, lr, grad_norm, run.sum_ranks(balance).item() if raw_model.config.use_moe else None)
         if progress.step == args.total_steps:
             return False
         if args.val_interval and progress.step % args.val_interval == 0:

@@ -145,10 +145,8 @@ class Run:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.seed = seed
-        self.device = torch.device(device or best_device())
+        self.device = find_device(device)
         if self.device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise UserError("--device cuda was given, but torch sees no CUDA device; use --device cpu")
             if self.world_size > 1:
                 self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
@@ -211,6 +209,19 @@ class Run:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def find_device(given: str | None) -> torch.device:
+    """The device asked for, else the best there is.  Raises: UserError when torch has no such device."""
+    if given is None:
+        return torch.device(best_device())
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    kind, _, index = given.partition(":")
+    if not (index or "0").isdigit() or int(index or 0) >= there.get(kind, 0):
+        found = " or ".join(kind for kind, number in there.items() if number)
+        raise UserError(f"--device {given}: torch sees no such device here; use --device {found}.")
+    return torch.device(given)
 
 
 def best_device() -> str:
