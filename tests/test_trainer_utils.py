@@ -4,15 +4,19 @@ Dimension legend: B batch · T tokens · V vocabulary.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import random
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import unchanged_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -59,6 +63,42 @@ def test_learning_rate_at_the_edges():
     assert cosine_lr(0, 1, 1, 3.0) == cosine_lr(0, 1, 0, 3.0) == 3.0
     assert cosine_lr(1, 2, 1, 3.0) == 3.0  # a single update after the warm-up
     assert cosine_lr(99, 100, 10, 1.0, floor=0.0) == pytest.approx(0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def test_the_file_to_train_on(tmp_path, monkeypatch):
+    from dataset import make_demo_data
+
+    run = one_process()
+    run.main_first = contextlib.nullcontext
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(make_demo_data, "generate", lambda folder: {"sft": folder / "sft.jsonl"})
+    (tmp_path / "dataset").mkdir()
+    names = ("a.jsonl", "b.jsonl")
+    assert utils.find_data("own.jsonl", names, "sft", run) == Path("own.jsonl")
+    assert utils.find_data(None, names, "sft", run) == tmp_path / "dataset" / "demo" / "sft.jsonl"
+    (tmp_path / "dataset" / "b.jsonl").write_text("{}", encoding="utf-8")
+    assert utils.find_data(None, names, "sft", run) == tmp_path / "dataset" / "b.jsonl"
+    (tmp_path / "dataset" / "a.jsonl").write_text("{}", encoding="utf-8")
+    assert utils.find_data(None, names, "sft", run) == tmp_path / "dataset" / "a.jsonl"
+
+
+@pytest.mark.parametrize("script, name", [(train_pretrain, "pretrain"), (train_full_sft, "sft")])
+def test_the_demo_data_has_the_stages_name(script, name, tmp_path, monkeypatch):
+    """Each script asks for demo data by the name the generator gives it."""
+    from dataset.make_demo_data import STAGES
+
+    asked = []
+    monkeypatch.setattr(utils, "find_data", lambda *args: asked.append(args) or sys.exit(0))
+    words = ["--device", "cpu", "--hidden_size", "32", "--from_weight", "none", "--out_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    with unchanged_process(), pytest.raises(SystemExit):
+        script.main()
+    given, known, demo, _ = asked[0]
+    assert given is None and demo == name and name in STAGES
+    assert all(known_name.endswith(".jsonl") for known_name in known)
 
 
 # ---------------------------------------------------------------------------------------------------------- row order
@@ -428,6 +468,46 @@ def test_peak_of_known_cards_only(name, tera, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     assert run_log.peak_flops(torch.device("cuda", 0)) == (tera and tera * 1e12)
     assert run_log.peak_flops(torch.device("cpu")) is None
+
+
+def test_a_log_line_adds_up_what_happened_since_the_last_one(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now[0], time=lambda: 1e9))
+    monkeypatch.setattr(run_log, "peak_flops", lambda device: 1e6)
+    model, args = tiny(), shared_parser().parse_args([])
+    vars(args).update(total_steps=20, accumulation_steps=2, warmup_iters=1, data_path="d.jsonl", compile=False)
+    run = one_process(world_size=2)
+    run.is_main, run.dtype = True, torch.float32
+    run.sum_ranks = lambda value: value * 2  # the other rank has the same
+    data = packed_rows(3)
+    data = type("Rows", (list,), {"stats": {"fill": 0.5}})(data)
+    progress = Progress(step=4, epoch=1, tokens=900)
+    keeper = SimpleNamespace(folder=tmp_path, progress=Progress(), wandb_id=None)
+    log = run_log.RunLog(run, "pretrain", keeper, args, model, data)
+    assert "4 rows × 2 micro-batches × 2 ranks = 16 rows, 1,024 tokens per update" in capsys.readouterr().out
+
+    log.count(torch.tensor(6.0), 12, 100, waited_seconds=1.0)
+    with log.pause():  # saving and validating take nothing from tokens/s
+        now[0] += 50
+    log.count(torch.tensor(10.0), 4, 300, waited_seconds=1.0)
+    now[0] += 8
+    log.line(progress, 1e-3, torch.tensor(0.5))
+    first = run_log.read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert first["loss"] == 2 * (6 + 10) / (12 + 4)  # over tokens, not a mean of means
+    assert (first["tokens_per_second"], first["data_wait"], first["tokens"], first["epoch"]) == (50.0, 0.25, 900, 2)
+    assert first["eta_seconds"] == 4.0 * (20 - 4)
+    assert first["mfu"] == pytest.approx(50 * run_log.flops_per_token(model, 64) / 2 / 1e6)
+    assert "aux_loss" not in first
+    expected = "pretrain | epoch 2/1 | step 4/20 | loss 2.0000 | lr 1.00e-03 | gnorm 0.50 | 0.1k tok/s | mfu "
+    line = capsys.readouterr().out
+    assert line.startswith(expected) and line.endswith("| data 25.0% | eta 0:01:04\n")
+
+    now[0] += 2
+    log.count(torch.tensor(0.0), 0, 10, waited_seconds=0.0)  # an update that was skipped, or had no label
+    log.line(progress, 1e-3, torch.tensor(math.nan), aux_loss=0.25)
+    second = run_log.read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert second["loss"] is None and second["grad_norm"] is None and second["aux_loss"] == 0.25
+    assert second["tokens_per_second"] == 5.0
 
 
 def write_metrics(folder, *lines: str) -> None:

@@ -356,6 +356,15 @@ def test_first_update_against_a_naive_one(files, flags, tmp_path, monkeypatch):
         assert close[solid].all(), name
 
 
+def test_gradients_are_clipped(flags, tmp_path, monkeypatch):
+    """Adam forgives any scale of the gradient but one far below its ε: then nothing moves."""
+    watch = Watch(monkeypatch)
+    assert train(train_pretrain, flags(grad_clip=1e-12, weight_decay=0, max_steps=3, warmup_iters=1)).status == 0
+    assert metrics(tmp_path)[0]["grad_norm"] > 1  # logged before clipping
+    for name, p in watch.weights[-1].items():
+        assert torch.allclose(p, watch.first[name], rtol=0, atol=0.01 * 5e-3), name
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_half_precision_learns(stage, dtype, reference, flags, tmp_path, monkeypatch):
@@ -365,9 +374,15 @@ def test_half_precision_learns(stage, dtype, reference, flags, tmp_path, monkeyp
     watch = Watch(monkeypatch)
     result = train(SCRIPTS[stage], flags(stage, dtype=dtype, max_steps=14, val_interval=0))
     assert result.status == 0, result.err
-    losses = [loss for loss in curve(metrics(tmp_path, stage)) if loss is not None]
+    lines = metrics(tmp_path, stage)
+    losses = [loss for loss in curve(lines) if loss is not None]
     assert len(losses) >= 10  # the first loss scale of float16 may overflow
     assert losses[-1] < losses[0] - (0.5 if stage == "pretrain" else 0.3)
+    if stage == "pretrain":  # the same first update as the float32 run, rounded
+        full = metrics(reference.out_dir)[0]
+        for name, tolerance in [("loss", 1e-3), ("grad_norm", 0.02)]:
+            assert lines[0][name] == pytest.approx(full[name], rel=tolerance)
+            assert lines[0][name] != full[name]
     assert all(p.dtype is torch.float32 for p in watch.model.parameters())  # master weights
     assert all(not torch.equal(p, watch.first[name]) for name, p in watch.model.named_parameters())
     state, facts = final_state(tmp_path, stage)
@@ -652,6 +667,28 @@ def test_a_terminated_process_saves_and_goes_on_bit_for_bit(files, reference, tm
     assert_same_run(tmp_path / "out", reference.out_dir)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+def test_two_ranks_stop_on_a_signal_and_go_on_in_one_process(files, reference, tmp_path):
+    """torchrun hands the signal on; another number of ranks with the same rows per update continues the run."""
+    script = ROOT / "trainer" / "train_pretrain.py"
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", script]
+    process = start([*launch, *reference_flags(files, tmp_path), "--batch_size", 2])
+    wait_for_step(process, tmp_path, 7)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).status != 0
+    progress = final_state(tmp_path)[1]["progress"]
+    assert progress["step"] == curve(metrics(tmp_path), "step")[-1] and not progress["finished"]
+    assert "rows per update was 4, now it is 2" in one_error(resume(tmp_path))
+    result = resume(tmp_path, "pretrain", "--batch_size", "4")
+    assert result.status == 0 and f"resumed at update {progress['step']}," in result.out, result.err
+    whole = metrics(reference.out_dir)
+    for name in ("step", "tokens", "lr"):
+        assert curve(metrics(tmp_path), name) == curve(whole, name)
+    for name in ("loss", "val_loss"):  # rounding grows over 40 updates
+        assert curve(metrics(tmp_path), name) == pytest.approx(curve(whole, name), rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["float16", "experts", "dropout"])
 def test_whatever_a_run_carries_comes_back(kind, files, reference, flags, tmp_path, monkeypatch):
     """The loss scale, experts, dropout; and the pretrained weights that SFT began from are gone or others by then."""
@@ -860,6 +897,14 @@ def test_bad_data_is_one_line_and_destroys_nothing(stage, content, what, referen
     message = one_error(train(SCRIPTS[stage], flags(stage, out_dir=out_dir, data_path=path)))
     assert what in message and path.name in message
     assert tree(out_dir) == before
+
+
+def test_bad_records_are_left_out_on_request(flags, tmp_path):
+    path = tmp_path / "some_bad.jsonl"
+    records = [json.dumps({"text": sentence(random.Random(i))}) for i in range(20)]
+    path.write_text("\n".join([*records, '{"txt": 1}', "nonsense"]) + "\n", encoding="utf-8")
+    assert "line 21" in one_error(train(train_pretrain, flags(data_path=path, max_steps=1)))
+    assert train(train_pretrain, flags(data_path=path, max_steps=1, skip_bad_records=True)).status == 0
 
 
 @pytest.mark.parametrize(
