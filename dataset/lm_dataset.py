@@ -37,6 +37,7 @@ from dataset.token_cache import (
     open_cache,
     plain_backend,
     read_meta,
+    require_markers,
     user_errors,
     write_meta,
 )
@@ -330,6 +331,7 @@ def render_conversation(
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    require_markers(tokenizer.chat_template)
     mark = ""
     controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     said = json.dumps([messages, tools], ensure_ascii=False)

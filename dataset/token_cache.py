@@ -37,6 +37,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ def user_errors(cache_dir: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(cache_dir)).free / 1e9
             raise CacheError(
                 f"the disk is full ({free:.2f} GB free) while writing the token cache in {cache_dir}; tokenising takes "
-                "about twice the bytes of the data file: free some, or name another disk with --cache_dir FOLDER"
+                "about 1.5 times the bytes of the data file: free some, or name another disk with --cache_dir FOLDER"
             ) from e
         if {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST} & codes:
             raise CacheError(
@@ -430,17 +431,23 @@ def plain_backend(tokenizer: Any, controls_as_text: bool = False) -> Iterator[An
             backend.enable_padding(**padding)
 
 
+@lru_cache(maxsize=8)
+def require_markers(chat_template: str | None) -> None:
+    """Raises DataError when the chat template does not say what the assistant writes."""
+    if not re.search(r"{%-?\s*generation\b", chat_template or ""):
+        raise DataError(
+            "the tokenizer's chat template has no {% generation %} markers, from which the mask of trained tokens is "
+            "made; use the tokenizer in model/ or add the markers to your template"
+        )
+
+
 def cache_key(content_hash: str, tokenizer: Any, fmt: RecordFormat) -> str:
     """Name of the cache folder: changes with the data, the tokenizer, its chat template and the format."""
     with plain_backend(tokenizer) as backend:
         parts = [FORMAT_VERSION, content_hash, backend.to_str(), fmt.name, len(tokenizer)]
     parts += [tokenizer.bos_token_id, tokenizer.eos_token_id]
     if fmt.masked:
-        if not re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
-            raise DataError(
-                "the tokenizer's chat template has no {% generation %} markers, from which the mask of trained tokens "
-                "is made; use the tokenizer in model/ or add the markers to your template"
-            )
+        require_markers(tokenizer.chat_template)
         parts.append(tokenizer.chat_template)
     return f"{fmt.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"
 

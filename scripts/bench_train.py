@@ -26,6 +26,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import atomic_open
 from trainer import run_log
 from trainer import trainer_utils as utils
+from trainer.optimizer import OPTIMIZERS, make_optimizer
 from trainer.train_pretrain import token_nll
 
 
@@ -41,7 +42,7 @@ def measure(case: dict) -> dict:
     raw_model = MiniMindForCausalLM(config).to(run.device).train()
     args = argparse.Namespace(compile=case["compile"])
     model, nll = utils.compile_and_wrap(raw_model, token_nll, run, args)
-    optimizer = utils.make_optimizer(raw_model, 0.1, run.device)
+    optimizer = make_optimizer(raw_model, 0.1, run.device, case["optimizer"])
     shape = (case["batch_size"], case["seq_len"])
     input_ids = torch.randint(3, config.vocab_size, shape, device=run.device)
     # Two documents a row, so that the attention mask of packed rows is paid for.
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", type=int, default=[1], choices=[0, 1], help="1 on, 0 off")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[32], help="rows per update")
     parser.add_argument("--seq_lens", nargs="+", type=int, default=[512], help="tokens per row")
+    parser.add_argument("--optimizer", default="muon", choices=OPTIMIZERS, help="as in the trainers")
     parser.add_argument("--updates", type=int, default=5, help="updates timed; the median counts")
     parser.add_argument("--warmup", type=int, default=2, help="updates before them")
     parser.add_argument("--device", help="cuda, mps or cpu; default the best there is")
@@ -143,6 +145,7 @@ def main() -> None:
             "batch_size": batch_size,
             "seq_len": seq_len,
             "device": args.device,
+            "optimizer": args.optimizer,
             "updates": args.updates,
             "warmup": args.warmup,
         }

@@ -39,7 +39,7 @@ def installed(pins: dict[str, str]) -> bool:
 
 
 def ensure_environment(requirements: str) -> Path:
-    """The Python that has the packages of a requirements file: this one, or that of `.venv`, which is filled on first use.
+    """The Python with the packages of a requirements file: this one, or that of `.venv`, filled on first use.
 
     Raises: SystemExit with one line when Python is too old, venv is missing or the installation fails.
     """

@@ -255,6 +255,8 @@ def test_a_template_without_markers_is_refused(tokenizer, tmp_path, here):
     bare.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
     with pytest.raises(DataError, match="generation"):
         SFTDataset(chat_file(tmp_path / "a.jsonl", 3), bare, 32, **here)
+    with pytest.raises(ValueError, match="generation"):
+        encode_conversations([[user("a"), assistant("b")]], bare)
 
 
 def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer):

@@ -202,7 +202,7 @@ class Keeper:
         Raises: UserError when data, global batch or schedule are not those of the saved run.
         """
         args = self.args
-        same = "epochs total_steps warmup_iters learning_rate weight_decay grad_clip".split()
+        same = "epochs optimizer total_steps warmup_iters learning_rate weight_decay grad_clip".split()
         # In the order in which a difference is named: the causes before what follows from them.
         self.signature = {
             "rows per update": args.batch_size * args.accumulation_steps * self.run.world_size,

@@ -35,6 +35,7 @@ from dataset.lm_dataset import IGNORE, SFTDataset, token_bytes
 from model.weights import load_tokenizer
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
+from trainer.optimizer import make_optimizer
 
 STAGE = "full_sft"
 DATA_NAMES = ("sft_512.jsonl", "sft_mini_512.jsonl", "sft_t2t.jsonl", "sft_t2t_mini.jsonl")
@@ -134,7 +135,7 @@ def main() -> None:
     utils.plan_updates(args, len(data), run)
 
     # 5. Optimiser, and the state of an interrupted run
-    optimizer = utils.make_optimizer(raw_model, args.weight_decay, run.device)
+    optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
     progress = keeper.restore_or_start(data.data_key)
 

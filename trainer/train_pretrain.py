@@ -37,6 +37,7 @@ from dataset.lm_dataset import IGNORE, PretrainDataset, token_bytes
 from model.weights import load_tokenizer
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
+from trainer.optimizer import make_optimizer
 
 STAGE = "pretrain"
 DATA_NAMES = ("pretrain_hq.jsonl", "pretrain_t2t.jsonl", "pretrain_t2t_mini.jsonl")
@@ -136,7 +137,7 @@ def main() -> None:
     utils.plan_updates(args, len(data), run)
 
     # 5. Optimiser, and the state of an interrupted run
-    optimizer = utils.make_optimizer(raw_model, args.weight_decay, run.device)
+    optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
     progress = keeper.restore_or_start(data.data_key)
 

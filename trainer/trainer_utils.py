@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from trainer.optimizer import OPTIMIZERS
+
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -109,6 +111,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     optim.add_argument(
         "--warmup_iters", type=natural, help="updates of linear warm-up; default 2%% of all, at most 200"
     )
+    optim.add_argument("--optimizer", choices=OPTIMIZERS, default="muon", help="muon leaves to AdamW what is no matrix")
     optim.add_argument("--weight_decay", type=amount, default=0.1, help="on matrices only")
     optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest gradient norm")
     optim.add_argument("--max_steps", type=count, help="stop after this many updates; the schedule is fitted to it")
@@ -244,7 +247,7 @@ def compile_pays(run: Run, planned_tokens: int, use_moe: bool) -> bool:
     if run.device.type == "cuda":
         return torch.cuda.get_device_capability(run.device) >= (7, 0) and sys.platform != "win32"
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    return bool(run.device.type == "cpu" and has_compiler and not use_moe and planned_tokens >= 2_000_000)
+    return bool(run.device.type == "cpu" and has_compiler and not use_moe and planned_tokens >= 1_000_000)
 
 
 def compile_and_wrap(
@@ -305,16 +308,6 @@ def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
     args.total_steps = min(updates, args.max_steps or updates)
     if args.warmup_iters is None:
         args.warmup_iters = min(200, max(1, args.total_steps // 50))
-
-
-def make_optimizer(model: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
-    """Fused AdamW (arXiv:1711.05101), β = (0.9, 0.95); decay pulls on matrices only, never on norm weights."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu"))
 
 
 # --------------------------------------------------------------------------------------------------------------- data
