@@ -321,7 +321,8 @@ def test_first_update_against_a_naive_one(files, flags, tmp_path, monkeypatch):
     """Three micro-batches of unequal numbers of labels; the mean over all tokens, clipping and AdamW by formula."""
     watch = Watch(monkeypatch)
     arguments = flags("full_sft", from_weight="none", hidden_size=32, num_hidden_layers=2, accumulation_steps=3)
-    assert train(train_full_sft, [*arguments, "--max_steps", "1", "--warmup_iters", "1"]).status == 0
+    more = ["--max_steps", "1", "--warmup_iters", "1", "--optimizer", "adamw"]
+    assert train(train_full_sft, [*arguments, *more]).status == 0
     record = metrics(tmp_path, "full_sft")[0]
 
     data = SFTDataset(files.full_sft, load_tokenizer(), 64, val_ratio=0.05, cache_dir=files.cache)
@@ -359,7 +360,8 @@ def test_first_update_against_a_naive_one(files, flags, tmp_path, monkeypatch):
 def test_gradients_are_clipped(flags, tmp_path, monkeypatch):
     """Adam forgives any scale of the gradient but one far below its ε: then nothing moves."""
     watch = Watch(monkeypatch)
-    assert train(train_pretrain, flags(grad_clip=1e-12, weight_decay=0, max_steps=3, warmup_iters=1)).status == 0
+    changes = dict(grad_clip=1e-12, weight_decay=0, max_steps=3, warmup_iters=1, optimizer="adamw")
+    assert train(train_pretrain, flags(**changes)).status == 0
     assert metrics(tmp_path)[0]["grad_norm"] > 1  # logged before clipping
     for name, p in watch.weights[-1].items():
         assert torch.allclose(p, watch.first[name], rtol=0, atol=0.01 * 5e-3), name
@@ -394,7 +396,7 @@ def test_a_loss_scale_that_overflows_is_lowered_until_it_fits(flags, tmp_path, m
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**30)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     watch = Watch(monkeypatch)
-    assert train(train_pretrain, flags(dtype="float16", max_steps=30, val_interval=0)).status == 0
+    assert train(train_pretrain, flags(dtype="float16", epochs=2, max_steps=30, val_interval=0)).status == 0
     lines = metrics(tmp_path)
     skipped = lines[-1 if "loss" in lines[-1] else -2]["skipped_steps"]
     assert 0 < skipped < 20
@@ -473,50 +475,58 @@ def test_loader_processes_change_nothing(flags, tmp_path):
 
 
 LAYOUTS = {"1 x 32": (32, 1), "8 x 4": (4, 8), "2 ranks x 16": (16, 1)}
+ADAMW = dict(optimizer="adamw")
+MODELS = {"dense": ADAMW, "experts": ADAMW | dict(use_moe=True), "muon": dict(optimizer="muon")}
 
 
 @pytest.fixture(scope="module")
-def layout_runs(files, tmp_path_factory):
-    """Runs the three layouts of a global batch of 32 rows, on demand and once for dense and for experts each."""
+def layout_run(files, tmp_path_factory):
+    """Runs a layout of a global batch of 32 rows, once per kind of model."""
 
     @functools.cache
-    def runs(moe: bool) -> dict[str, Path]:
-        folder = tmp_path_factory.mktemp("layouts")
-        out_dirs = {}
-        for name, (batch, accumulation) in LAYOUTS.items():
-            out_dirs[name] = folder / name.replace(" ", "_")
-            arguments = tiny_flags(
-                files, out_dirs[name], batch_size=batch, accumulation_steps=accumulation, epochs=2, max_steps=6,
-                warmup_iters=1, learning_rate=1e-3, use_moe=moe,
-            )  # fmt: skip
-            launch = torchrun if "ranks" in name else train
-            result = launch(train_pretrain, arguments)
-            assert result.status == 0, result.err
-        return out_dirs
+    def run(kind: str, layout: str) -> Path:
+        out_dir = tmp_path_factory.mktemp("layout")
+        batch, accumulation = LAYOUTS[layout]
+        changes = dict(epochs=2, max_steps=6, warmup_iters=1, learning_rate=1e-3)
+        changes |= dict(batch_size=batch, accumulation_steps=accumulation, **MODELS[kind])
+        result = (torchrun if "ranks" in layout else train)(train_pretrain, tiny_flags(files, out_dir, **changes))
+        assert result.status == 0, result.err
+        return out_dir
 
-    return runs
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-def test_any_layout_of_the_batch_is_the_same_update(layout, moe, layout_runs, reference):
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        ("dense", "8 x 4"),
+        ("dense", "2 ranks x 16"),
+        ("experts", "8 x 4"),
+        ("experts", "2 ranks x 16"),
+        ("muon", "8 x 4"),
+    ],
+)
+def test_any_layout_of_the_batch_is_the_same_update(kind, layout, layout_run, reference):
     assert len(reference.data) % 4 and len(reference.data) < 5 * 32  # both epochs are reached, their ends are ragged
-    out_dirs, size = layout_runs(moe), "32_moe" if moe else "32"
-    one, other = (metrics(out_dirs[name], size=size) for name in ("1 x 32", layout))
+    size = "32_moe" if kind == "experts" else "32"
+    one_dir, other_dir = layout_run(kind, "1 x 32"), layout_run(kind, layout)
+    one, other = metrics(one_dir, size=size), metrics(other_dir, size=size)
     assert curve(one, "step") == curve(other, "step")
     assert curve(one, "tokens") == curve(other, "tokens") and len(curve(one, "tokens")) == 6
-    # A rounded router score may send a token to another expert, hence the wider tolerance.
-    close = functools.partial(pytest.approx, rel=1e-4 if moe else 1e-6)
+    # Rounding is amplified where a router's choice flips, and by Muon, whose matrix products are bfloat16.
+    close = functools.partial(pytest.approx, rel={"dense": 1e-6, "experts": 1e-5, "muon": 1e-4}[kind])
     assert curve(other) == close(curve(one))
-    assert curve(other, "grad_norm") == close(curve(one, "grad_norm"))  # Adam does not see a wrong scale, the norm does
-    assert curve(other, "aux_loss") == close(curve(one, "aux_loss")) and bool(curve(one, "aux_loss")) is moe
+    if kind != "muon":  # the optimisers do not see a wrong scale of the gradient, its norm does
+        assert curve(other, "grad_norm") == close(curve(one, "grad_norm"))
+    assert curve(other, "aux_loss") == close(curve(one, "aux_loss"))
+    assert bool(curve(one, "aux_loss")) == (kind == "experts")
     for name in ("val_loss", "val_bpb"):
         assert curve(other, name) == close(curve(one, name)) and len(curve(one, name)) == 1
-    (a, facts), (b, other_facts) = final_state(out_dirs["1 x 32"], size=size), final_state(out_dirs[layout], size=size)
+    (a, facts), (b, other_facts) = final_state(one_dir, size=size), final_state(other_dir, size=size)
     assert facts["progress"] == other_facts["progress"]
     worst = max(float((a["model"][name] - b["model"][name]).abs().max()) for name in a["model"])
-    assert worst < (1e-4 if moe else 2e-6), worst  # six updates of up to 1e-3 each
+    assert worst < {"dense": 2e-6, "experts": 2e-5, "muon": 5e-4}[kind], worst  # six updates of up to 1e-3 each
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
@@ -673,20 +683,21 @@ def test_two_ranks_stop_on_a_signal_and_go_on_in_one_process(files, reference, t
     """torchrun hands the signal on; another number of ranks with the same rows per update continues the run."""
     script = ROOT / "trainer" / "train_pretrain.py"
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", script]
-    process = start([*launch, *reference_flags(files, tmp_path), "--batch_size", 2])
-    wait_for_step(process, tmp_path, 7)
+    two, one = tmp_path / "two", tmp_path / "one"
+    process = start([*launch, *tiny_flags(files, two, batch_size=2, **ADAMW)])
+    wait_for_step(process, two, 7)
     process.send_signal(signal.SIGTERM)
     assert finish(process).status != 0
-    progress = final_state(tmp_path)[1]["progress"]
-    assert progress["step"] == curve(metrics(tmp_path), "step")[-1] and not progress["finished"]
-    assert "rows per update was 4, now it is 2" in one_error(resume(tmp_path))
-    result = resume(tmp_path, "pretrain", "--batch_size", "4")
+    progress = final_state(two)[1]["progress"]
+    assert progress["step"] == curve(metrics(two), "step")[-1] and not progress["finished"]
+    assert "rows per update was 4, now it is 2" in one_error(resume(two))
+    result = resume(two, "pretrain", "--batch_size", "4")
     assert result.status == 0 and f"resumed at update {progress['step']}," in result.out, result.err
-    whole = metrics(reference.out_dir)
+    assert train(train_pretrain, tiny_flags(files, one, **ADAMW)).status == 0
     for name in ("step", "tokens", "lr"):
-        assert curve(metrics(tmp_path), name) == curve(whole, name)
-    for name in ("loss", "val_loss"):  # rounding grows over 40 updates
-        assert curve(metrics(tmp_path), name) == pytest.approx(curve(whole, name), rel=1e-3)
+        assert curve(metrics(two), name) == curve(metrics(one), name)
+    for name in ("loss", "val_loss"):
+        assert curve(metrics(two), name) == pytest.approx(curve(metrics(one), name), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["float16", "experts", "dropout"])
@@ -818,7 +829,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
 def test_a_non_finite_loss_costs_one_update(flags, tmp_path, monkeypatch):
     spoil(monkeypatch, {6})  # the second micro-batch of the third update
     watch = Watch(monkeypatch)
-    result = train(train_pretrain, flags(max_steps=12, accumulation_steps=2, val_interval=0))
+    result = train(train_pretrain, flags(epochs=2, max_steps=12, accumulation_steps=2, val_interval=0))
     assert result.status == 0, result.err
     for name, p in watch.weights[2].items():
         assert torch.equal(p, watch.weights[1][name]), name
