@@ -1,6 +1,6 @@
 """From nothing to a chat with a model trained here, in one command: `python scripts/quick_start.py`.
 
-Sets up a virtual environment, writes the demo data, pretrains and fine-tunes a model of 4.5 million parameters on it,
+Sets up a virtual environment, writes the demo data, pretrains and fine-tunes a model of 2.8 million parameters on it,
 scores it on questions it never saw, and shows an example chat. Safe to run again: environment and data are reused.
 
 中文：一条命令，从零得到一个能聊天的小模型。
@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from setup_env import ROOT, ensure_environment, run_step
 
-SIZE = ["--hidden_size", "256", "--num_hidden_layers", "4"]
+SIZE = ["--hidden_size", "192", "--num_hidden_layers", "4"]
 # Short rows, as the demo texts are short, and small updates: many of them teach more than few large ones.
-SHARED = ["--max_seq_len", "128", "--batch_size", "8", "--accumulation_steps", "1", "--learning_rate", "3e-3"]
+SHARED = ["--max_seq_len", "128", "--batch_size", "8", "--accumulation_steps", "1", "--learning_rate", "2e-3"]
 QUIET = ["--log_interval", "100", "--save_interval", "500", "--val_interval", "0"]
 PROMPTS = ["What is 7 + 6?", "上海在哪个国家？", "Who are you?"]
 
@@ -32,9 +32,9 @@ def main() -> None:
     step("demo data", "dataset/make_demo_data.py")
     data = ["--data_path", str(demo / "demo_pretrain.jsonl")]
     step("pretraining", "trainer/train_pretrain.py", *SIZE, *SHARED, *QUIET, *data, "--epochs", "1")
-    data = ["--data_path", str(demo / "demo_sft.jsonl"), "--from_weight", str(ROOT / "out" / "pretrain_256.pth")]
+    data = ["--data_path", str(demo / "demo_sft.jsonl"), "--from_weight", str(ROOT / "out" / "pretrain_192.pth")]
     step("fine-tuning", "trainer/train_full_sft.py", *SHARED, *QUIET, *data, "--epochs", "2")
-    weights = str(ROOT / "out" / "full_sft_256.pth")
+    weights = str(ROOT / "out" / "full_sft_192.pth")
     step("test questions", "eval_model.py", "--weights", weights, "--questions", str(demo / "demo_test.jsonl"))
     for prompt in PROMPTS:
         step("example chat", "eval_model.py", "--weights", weights, "--prompt", prompt, "--temperature", "0")

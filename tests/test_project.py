@@ -18,7 +18,7 @@ READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 
 def imported_packages(paths) -> set[str]:
     """Top-level names of all third-party imports in these files, nested imports included."""
-    names = set()
+    names, paths = set(), list(paths)
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
