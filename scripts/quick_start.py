@@ -17,7 +17,7 @@ SIZE = ["--hidden_size", "192", "--num_hidden_layers", "4"]
 # Short rows, as the demo texts are short, and small updates: many of them teach more than few large ones.
 SHARED = ["--max_seq_len", "128", "--batch_size", "8", "--accumulation_steps", "1", "--learning_rate", "2e-3"]
 QUIET = ["--log_interval", "100", "--save_interval", "500", "--val_interval", "0"]
-PROMPTS = ["What is 7 + 6?", "上海在哪个国家？", "Who are you?"]
+PROMPTS = ["What is 23 + 45?", "星期三的后一天是星期几？", "What is your name?"]
 
 
 def main() -> None:
