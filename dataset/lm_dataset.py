@@ -629,6 +629,11 @@ class PackedDataset(torch.utils.data.Dataset):
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": documents}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+    @staticmethod
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Rows of this dataset, stacked into a batch of tensors (B, T)."""
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
 
 class PretrainDataset(PackedDataset):
     """`{"text": "…"}` records. A document longer than a row is split: piece k + 1 begins with the last token of piece
@@ -642,6 +647,23 @@ class SFTDataset(PackedDataset):
     head; one whose head holds nothing to train on is dropped."""
 
     format = SFT
+
+    @staticmethod
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """A batch, and beside its tensors (B, T) what the loss needs: often most of a conversation is not trained on.
+
+        head_positions (N,) are the positions b·T + t whose next token is trained on, targets (N,) those tokens. N is
+        filled up to whole 64s with position 0 and target IGNORE, so that few sizes occur and none is empty.
+        """
+        batch = PackedDataset.collate(rows)
+        following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        positions = (following != IGNORE).nonzero().flatten()
+        size = max(64, -(-len(positions) // 64) * 64)
+        batch["head_positions"] = torch.zeros(size, dtype=torch.long)
+        batch["head_positions"][: len(positions)] = positions
+        batch["targets"] = torch.full((size,), IGNORE)
+        batch["targets"][: len(positions)] = following[positions]
+        return batch
 
 
 def _write_plan(tmp: Path, cache: TokenCache, settings: dict) -> None:

@@ -436,6 +436,23 @@ def test_a_conversation_whose_head_holds_no_answer_is_dropped_and_counted(tokeni
     assert len(unpack(data)) == 1
 
 
+def test_a_batch_of_conversations_names_its_trained_positions(tokenizer, tmp_path, here):
+    path = write(tmp_path / "sft.jsonl", [chat(f"question {n}", "so" + " so" * (n % 9)) for n in range(60)])
+    data = SFTDataset(path, tokenizer, 48, split="all", **here)
+    batch = SFTDataset.collate([data[0], data[-1], data[1], data[2]])
+    naive = [
+        (b * 48 + t, int(batch["labels"][b, t + 1]))
+        for b in range(4)
+        for t in range(47)
+        if batch["labels"][b, t + 1] != IGNORE
+    ]
+    pairs = list(zip(batch["head_positions"].tolist(), batch["targets"].tolist(), strict=True))
+    assert pairs[: len(naive)] == naive and len(naive) > 20
+    assert set(pairs[len(naive) :]) <= {(0, IGNORE)} and len(pairs) % 64 == 0 and len(pairs) - len(naive) < 64
+    nothing = SFTDataset.collate([data[-1]])
+    assert nothing["targets"].tolist() == [IGNORE] * 64
+
+
 def test_filler_row_trains_on_nothing(tokenizer, tmp_path, here):
     data = SFTDataset(chat_file(tmp_path / "a.jsonl", 5), tokenizer, 32, **here)
     row = data[-1]

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dataset.lm_dataset import PackedDataset, SFTDataset
 from model.model_minimind import IGNORE, MiniMindConfig, MiniMindForCausalLM
 from trainer import checkpoint, run_log, train_full_sft, train_pretrain
 from trainer import trainer_utils as utils
@@ -167,7 +168,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 def test_the_loader_reads_what_the_updates_say():
     args = argparse.Namespace(batch_size=3, accumulation_steps=2)
     order = RowOrder(11, args, one_process(1, 2), epoch=1)
-    dataset = {row: {"row": torch.tensor(row)} for row in range(-1, 11)}
+    dataset = Rows({"row": torch.tensor(row)} for row in [*range(11), -1])  # the last one answers to -1
     assert len(order) == len(list(order)) == sum(len(micros) for _, micros in order.updates())
     before = torch.get_rng_state()
     read = [
@@ -310,9 +311,29 @@ def test_loss_of_a_hand_computed_example():
     # One row of three tokens over two words; the logits favour word 1 by 0, ln 3 and (unused) 5 nats.
     logits = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)], [0.0, 5.0]]])
     labels = torch.tensor([[1, 0, 1]])
-    for script in (train_pretrain, train_full_sft):
-        # Position 0 predicts label 0 of two equal words: ln 2. Position 1 predicts label 1 with probability 3/4.
-        assert script.token_nll(logits, labels).tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    # Position 0 predicts label 0 of two equal words: ln 2. Position 1 predicts label 1 with probability 3/4.
+    assert train_pretrain.token_nll(logits, labels).tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    # The trainer of conversations gets the logits before each trained token and, filled up with -100, those tokens.
+    picked = train_full_sft.token_nll(logits[0, [1, 0]], torch.tensor([1, IGNORE]))
+    assert picked.tolist() == pytest.approx([math.log(4 / 3), 0.0])
+
+
+def test_loss_over_picked_positions_equals_the_loss_over_all():
+    model = tiny(initializer_range=0.2)
+    rows = packed_rows(6)
+    rows[2]["labels"].fill_(IGNORE)
+    batch = SFTDataset.collate(rows)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
+    everywhere = train_pretrain.token_nll(model(**inputs).logits, batch["labels"]).sum()
+    everywhere.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logits = model(**inputs, head_positions=batch["head_positions"]).logits
+    picked = train_full_sft.token_nll(logits, batch["targets"]).sum()
+    picked.backward()
+    assert picked.item() == pytest.approx(everywhere.item(), rel=1e-6)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -344,10 +365,16 @@ def test_loss_of_ignored_labels_is_zero_and_so_is_its_gradient():
 # ---------------------------------------------------------------------------------------------------------- validation
 
 
-def packed_rows(n: int, width: int = 12) -> list[dict[str, torch.Tensor]]:
+class Rows(list):
+    """A dataset of ready-made rows."""
+
+    collate = staticmethod(PackedDataset.collate)
+
+
+def packed_rows(n: int, width: int = 12) -> Rows:
     """Rows of two documents and some padding; about half of the labels are ignored."""
     generator = torch.Generator().manual_seed(5)
-    rows = []
+    rows = Rows()
     for _ in range(n):
         first = int(torch.randint(2, 6, (), generator=generator))
         second = int(torch.randint(2, 6, (), generator=generator))
@@ -383,9 +410,12 @@ def test_validation_against_a_naive_loop():
                     tokens += 1
                     text_bytes += label % 5
     model.train()
-    result = utils.validate(model, rows, train_pretrain.token_nll, one_process(), 2, 5, bytes_of)
-    assert result["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert result["val_bpb"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+    picking = Rows(rows)
+    picking.collate = SFTDataset.collate
+    for dataset, script in ((rows, train_pretrain), (picking, train_full_sft)):
+        result = utils.validate(model, dataset, script.token_nll, one_process(), 2, 5, bytes_of)
+        assert result["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert result["val_bpb"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
@@ -404,8 +434,8 @@ def test_validation_shares_the_rows_among_ranks():
 
 def test_validation_without_rows_and_without_labels():
     model, bytes_of = tiny(), torch.ones(V)
-    assert utils.validate(model, [], train_pretrain.token_nll, one_process(), 2, 5, bytes_of) is None
-    rows = [{**row, "labels": torch.full_like(row["labels"], IGNORE)} for row in packed_rows(2)]
+    assert utils.validate(model, Rows(), train_pretrain.token_nll, one_process(), 2, 5, bytes_of) is None
+    rows = Rows({**row, "labels": torch.full_like(row["labels"], IGNORE)} for row in packed_rows(2))
     result = utils.validate(model, rows, train_pretrain.token_nll, one_process(), 2, 5, bytes_of)
     assert result == {"val_loss": 0.0, "val_bpb": 0.0}
 

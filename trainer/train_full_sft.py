@@ -41,14 +41,12 @@ STAGE = "full_sft"
 DATA_NAMES = ("sft_512.jsonl", "sft_mini_512.jsonl", "sft_t2t.jsonl", "sft_t2t_mini.jsonl")
 
 
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log p of each next token in nats, 0 where the label is ignored; labels shift by one here and nowhere else.
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log p of each target in nats, 0 where it is ignored (filler).
 
-    Shape: logits (B, T, V), labels (B, T) aligned with the input → (B·(T−1),) float32.
+    Shape: logits (N, V) at the positions before the trained tokens, targets (N,) those tokens → (N,) float32.
     """
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
-    )
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
 
 
 def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, log, stop, check) -> bool:
@@ -75,8 +73,14 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
 
         for i, micro in enumerate(micros):
             with run.sync_only_if(model, last=i == len(micros) - 1), run.autocast():
-                out = model(micro["input_ids"], position_ids=micro["position_ids"], documents=micro["documents"])
-                micro_nats = nll(out.logits, micro["labels"]).sum()
+                # Only positions whose next token is trained on go through the head, the widest layer of a small model.
+                out = model(
+                    micro["input_ids"],
+                    position_ids=micro["position_ids"],
+                    documents=micro["documents"],
+                    head_positions=micro["head_positions"],
+                )
+                micro_nats = nll(out.logits, micro["targets"]).sum()
                 # The balance loss is a mean over rows; padding that fills up the last update of an epoch is none.
                 micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                 # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
@@ -165,9 +169,7 @@ def main() -> None:
         progress.finished = True
         keeper.save()
     log.close()
-    run.close()
-    if stopped:
-        sys.exit(128 + (stop.signal or 0))
+    run.close(128 + (stop.signal or 0) if stopped else 0)
 
 
 if __name__ == "__main__":

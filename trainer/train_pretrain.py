@@ -167,9 +167,7 @@ def main() -> None:
         progress.finished = True
         keeper.save()
     log.close()
-    run.close()
-    if stopped:
-        sys.exit(128 + (stop.signal or 0))
+    run.close(128 + (stop.signal or 0) if stopped else 0)
 
 
 if __name__ == "__main__":

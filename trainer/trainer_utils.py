@@ -43,14 +43,27 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         hint = "" if type(error) is not ValueError else " [set MINIMIND_TRACEBACK=1 to see where]"
         print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(2)
+
+
+def leave(status: int) -> None:
+    """Ends this process, with several ranks without taking their group apart.
+
+    With gloo that now and then never ends (3 of 22 runs with torch 2.13): a thread of the group waits for the
+    interpreter's lock, whose holder waits for the thread. Everything is on disk by then, so nothing is lost.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -209,9 +222,12 @@ class Run:
         """DDP exchanges gradients only in the last micro-batch of an update."""
         return contextlib.nullcontext() if last or self.world_size == 1 else model.no_sync()
 
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def close(self, status: int = 0) -> None:
+        """The end of a run: all ranks leave together."""
+        if self.world_size > 1:
+            dist.barrier()
+        if status or self.world_size > 1:
+            leave(status)
 
 
 def find_device(given: str | None) -> torch.device:
@@ -255,13 +271,14 @@ def compile_and_wrap(
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """The module to train through, and the loss function, compiled where it pays and wrapped for several ranks.
 
-    Compiled cross-entropy never holds the float32 logits; rows have one shape, so nothing is compiled twice.
+    Compiled cross-entropy never holds the float32 logits. Rows have one shape, so the model is compiled once; only the
+    number of trained tokens varies (`to_device`), so the loss of the stages that pick them out is compiled for any.
     """
     if args.compile is None:
         tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         args.compile = compile_pays(run, tokens, raw_model.config.use_moe)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
-    return run.wrap(model), torch.compile(nll, dynamic=False) if args.compile else nll
+    return run.wrap(model), torch.compile(nll) if args.compile else nll
 
 
 class StopRequest:
@@ -394,6 +411,7 @@ def read_updates(
     loader = DataLoader(
         dataset,
         batch_sampler=order,
+        collate_fn=dataset.collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that reading leaves the random numbers of the run alone
@@ -401,7 +419,15 @@ def read_updates(
     batches = iter(loader)
     for rows, micros in order.updates():
         batch = [next(batches) for _ in micros]
-        yield rows, [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
+        yield rows, [{k: to_device(k, v, device) for k, v in micro.items()} for micro in batch]
+
+
+def to_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the number of trained tokens varies, and the compiler is to know that."""
+    tensor = tensor.to(device, non_blocking=True)
+    if name in ("head_positions", "targets"):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return tensor
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -420,7 +446,7 @@ def validate(
     """Held-out loss in nats per trained token, and bits per byte of the text those tokens spell; None without rows.
 
     Bits per byte do not depend on the tokenizer: log2 of the model's probability over UTF-8 bytes (special tokens cost
-    bits but spell no bytes).  Args: nll maps (logits, labels) to per-token nats; bytes_of (V,) bytes of each token.
+    bits but spell no bytes).  Args: nll as in the trainers, per-token nats; bytes_of (V,) bytes of each token.
     """
     rows = min(len(dataset), max_rows)
     if rows == 0:
@@ -430,11 +456,12 @@ def validate(
     totals = torch.zeros(3)  # nats, tokens, bytes
     mine = list(range(run.rank, rows, run.world_size))
     for start in range(0, len(mine), batch_size):
-        items = [dataset[row] for row in mine[start : start + batch_size]]
-        batch = {k: torch.stack([item[k] for item in items]).to(run.device) for k in items[0]}
+        batch = dataset.collate([dataset[row] for row in mine[start : start + batch_size]])
+        batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
+        targets = batch.pop("targets", labels)
         with run.autocast():
-            nats = nll(model(**batch).logits, labels)
+            nats = nll(model(**batch).logits, targets)
         trained = labels[:, 1:][labels[:, 1:] >= 0].cpu()
         totals += torch.tensor([nats.sum().item(), trained.numel(), bytes_of[trained].sum().item()])
     model.train(was_training)

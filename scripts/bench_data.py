@@ -1,0 +1,115 @@
+"""How fast and how lean is the data path? Tokenising rate, fill of rows, memory, reading rate for one JSON Lines file.
+
+The file is tokenised into a fresh cache and its rows are read once in random order, in a new process, as a trainer does
+it. Rates of tokenising are per second of the wall clock and per second of CPU time over all processes, so that a
+machine with more cores can be compared. Memory is the growth of the main process from its imports to its peak, and the
+peak of the largest helper process. `--repeat_to_mb` measures a larger file, made of the given one over and over.
+
+    python scripts/bench_data.py dataset/pretrain_hq.jsonl --stage pretrain
+    python scripts/bench_data.py dataset/sft_512.jsonl --stage sft --json scripts/bench/results/sft.json
+    python scripts/bench_data.py dataset/pretrain_hq.jsonl --stage pretrain --repeat_to_mb 1000      # flat memory?
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from model.weights import atomic_open, load_tokenizer
+from scripts.bench_train import machine
+from trainer import run_log
+from trainer import trainer_utils as utils
+
+DATASETS = {"pretrain": PretrainDataset, "sft": SFTDataset}
+MIB = 2**20
+
+
+def largest_helper_mib() -> float | None:
+    """Peak memory of the largest process that this one started and has waited for; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / MIB
+
+
+def measure(path: Path, stage: str, max_seq_len: int, cache_dir: Path) -> dict:
+    """Tokenises and reads the file once, with an empty `cache_dir`."""
+    tokenizer = load_tokenizer()
+    tokenizer.encode("warm up")
+    cpu = torch.device("cpu")
+    before = run_log.peak_memory_gib(cpu)
+    used, started = sum(os.times()[:4]), time.perf_counter()
+    data = DATASETS[stage](path, tokenizer, max_seq_len, cache_dir=cache_dir, show_progress=True)
+    seconds, cpu_seconds = time.perf_counter() - started, sum(os.times()[:4]) - used
+    if len(data) == 0:
+        raise utils.UserError(f"{path}: nothing to train on; check it with `python dataset/check_data.py`.")
+
+    started, real = time.perf_counter(), 0
+    for row in np.random.default_rng(0).permutation(len(data)):
+        real += int((data[int(row)]["documents"] >= 0).sum())
+    read_seconds = time.perf_counter() - started
+    after = run_log.peak_memory_gib(cpu)
+    megabytes = path.stat().st_size / 1e6
+    return {
+        "file": path.name,
+        "stage": stage,
+        "max_seq_len": max_seq_len,
+        "megabytes": megabytes,
+        "rows": len(data),
+        "real_tokens": real,
+        "fill": real / (len(data) * max_seq_len),
+        "tokenise_mb_per_second": megabytes / seconds,
+        "tokenise_mb_per_cpu_second": megabytes / cpu_seconds,
+        "read_tokens_per_second": real / read_seconds,
+        "main_growth_mib": (after - before) * 1024 if before is not None else None,
+        "largest_helper_mib": largest_helper_mib(),
+    }
+
+
+def repeat(path: Path, megabytes: int, target: Path) -> Path:
+    """Writes the lines of `path` into `target` over and over, up to the given size."""
+    with open(path, "rb") as source, open(target, "wb") as out:
+        while out.tell() < megabytes * 1e6:
+            line = source.readline()
+            if not line:
+                source.seek(0)
+            out.write(line if line.endswith(b"\n") or not line else line + b"\n")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measure the data path.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="JSON Lines file")
+    parser.add_argument("--stage", choices=DATASETS, required=True, help="format of the file")
+    parser.add_argument("--max_seq_len", type=utils.number(int, 2), default=512, help="tokens per row")
+    parser.add_argument("--repeat_to_mb", type=utils.number(int, 1), help="measure a file of this many megabytes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    if not args.file.is_file() or not args.file.stat().st_size:
+        raise utils.UserError(f"{args.file}: no such file, or an empty one; give a JSON Lines file.")
+    with tempfile.TemporaryDirectory(prefix="bench_data_") as folder:
+        path = repeat(args.file, args.repeat_to_mb, Path(folder) / "big.jsonl") if args.repeat_to_mb else args.file
+        row = measure(path, args.stage, args.max_seq_len, Path(folder) / "cache")
+    for name, value in row.items():
+        print(f"{name:28}{value:,.3f}" if isinstance(value, float) else f"{name:28}{value}")
+    if args.json:
+        with atomic_open(args.json, "w") as f:
+            json.dump({"machine": machine(), "command": " ".join(sys.argv[1:]), "rows": [row]}, f, indent=2)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
