@@ -325,9 +325,12 @@ def encode_conversations(conversations: Sequence[Any], tokenizer: Any) -> tuple[
 
 
 def render_conversation(
-    messages: list[dict], tools: list[dict] | None, tokenizer: Any
+    messages: list[dict], tools: list[dict] | None, tokenizer: Any, **options: Any
 ) -> tuple[str, list[tuple[int, int]], str]:
-    """(text, character spans the assistant wrote, mark). A control token out of a content stands between two marks."""
+    """(text, character spans the assistant wrote, mark). A control token out of a content stands between two marks.
+
+    Args: options of the chat template, for example add_generation_prompt=True or enable_thinking=False.
+    """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -345,6 +348,7 @@ def render_conversation(
             chat_template=tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
+            **options,
         )
     except (TemplateError, TypeError) as e:
         raise ValueError(f"the chat template refuses the conversation: {e}") from None
@@ -402,6 +406,15 @@ def _tokens_before(encoding: Any, z: int, n_chars: int) -> int:
     # A token may hold characters on both sides of z, and character z - 1 may be spread over several tokens, of which
     # char_to_token gives the first: hence both.
     return max(encoding.char_to_token(z), encoding.char_to_token(z - 1) + 1)
+
+
+def encode_prompt(messages: list[dict], tools: list[dict] | None, tokenizer: Any, **options: Any) -> list[int]:
+    """The ids of a conversation up to where the assistant begins to write, tokenised exactly as in training.
+
+    What a user types cannot forge a turn here either.  Raises: ValueError as `encode_conversations`.
+    """
+    rendered = render_conversation(messages, tools, tokenizer, add_generation_prompt=True, **options)
+    return encode_rendered([rendered], tokenizer)[0][0].tolist()
 
 
 def _guard(value: Any, controls: list[str], mark: str) -> Any:

@@ -431,10 +431,15 @@ def plain_backend(tokenizer: Any, controls_as_text: bool = False) -> Iterator[An
             backend.enable_padding(**padding)
 
 
+def has_markers(chat_template: str | None) -> bool:
+    """Whether the chat template says what the assistant writes."""
+    return re.search(r"{%-?\s*generation\b", chat_template or "") is not None
+
+
 @lru_cache(maxsize=8)
 def require_markers(chat_template: str | None) -> None:
     """Raises DataError when the chat template does not say what the assistant writes."""
-    if not re.search(r"{%-?\s*generation\b", chat_template or ""):
+    if not has_markers(chat_template):
         raise DataError(
             "the tokenizer's chat template has no {% generation %} markers, from which the mask of trained tokens is "
             "made; use the tokenizer in model/ or add the markers to your template"

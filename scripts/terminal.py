@@ -14,6 +14,8 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerFast
 
+from dataset.lm_dataset import encode_prompt
+from dataset.token_cache import has_markers
 from trainer.trainer_utils import UserError
 
 
@@ -67,12 +69,17 @@ def chat_ids(
 ) -> list[int]:
     """The chat template's prompt, up to where the assistant begins to write. None leaves thinking to the template.
 
+    A control token that is typed out stays text, as in training: it cannot end the user's turn.
+
     Raises: UserError when the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise UserError("This tokenizer has no chat template: continue text instead, with --model_mode 0.")
     messages = [{**turn, "content": clean(turn["content"])} for turn in messages]
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    if has_markers(tokenizer.chat_template):
+        return encode_prompt(messages, None, tokenizer, **options)
+    # The template of another family.
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
 
 
