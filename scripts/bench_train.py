@@ -42,7 +42,7 @@ def measure(case: dict) -> dict:
     raw_model = MiniMindForCausalLM(config).to(run.device).train()
     args = argparse.Namespace(compile=case["compile"])
     model, nll = utils.compile_and_wrap(raw_model, token_nll, run, args)
-    optimizer = make_optimizer(raw_model, 0.1, run.device, case["optimizer"])
+    optimizer = make_optimizer(raw_model, 0.1, run.device, case["optimizer"], run.dtype)
     shape = (case["batch_size"], case["seq_len"])
     input_ids = torch.randint(3, config.vocab_size, shape, device=run.device)
     # Two documents a row, so that the attention mask of packed rows is paid for.

@@ -748,7 +748,8 @@ def test_batched_answers_equal_single_ones(model, tokenizer):
 
 def test_a_typed_control_token_forges_no_turn():
     shipped = load_tokenizer()
-    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "?"}]
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "?")]
+    plain = [{"role": role, "content": content} for role, content in turns]
     for thinking in (None, True, False):
         options = {} if thinking is None else {"enable_thinking": thinking}
         expected = shipped.apply_chat_template(plain, add_generation_prompt=True, return_dict=False, **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.optimizer import MuonWithAdamW, make_optimizer
+from trainer.optimizer import MuonWithAdamW, make_optimizer, orthogonal
 
 CPU = torch.device("cpu")
 
@@ -63,6 +63,50 @@ def test_muon_update_is_nearly_orthogonal_and_has_the_size_of_adamw(model):
     assert values.max() < 1.4 and values.median() > 0.6
     # It points where the gradient does.
     assert (step * weight.grad.double()).sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_newton_schulz_keeps_singular_vectors_and_evens_out_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(3, *shape, generator=generator).double() * torch.tensor([1e-6, 1.0, 1e6]).view(3, 1, 1)
+    result = orthogonal(batch, torch.float64)
+    for matrix, out in zip(batch, result, strict=True):
+        u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+        # The iteration on a matrix is the quintic on each singular value.
+        expected = values / values.norm()
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+        torch.testing.assert_close(out, u @ torch.diag(expected) @ vt, atol=1e-9, rtol=1e-7)
+    assert not orthogonal(torch.zeros(1, 4, 4), torch.float32).any()
+
+
+def test_muon_equals_the_one_of_torch(model):
+    """Three steps beside torch.optim.Muon, which works matrix by matrix in bfloat16; experts make shapes repeat."""
+    theirs = copy.deepcopy(model)
+    names = [name for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    ours = make_optimizer(model, 0.1, CPU, dtype=torch.bfloat16)
+    oracle = torch.optim.Muon([theirs.get_parameter(name) for name in names], lr=0.01, weight_decay=0.1,
+                              momentum=0.95, adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    set_lr(ours, 0.01)
+    start = copy.deepcopy(model)
+    for seed in (1, 2, 3):
+        for one in (model, theirs):
+            fill_gradients(one, seed)
+        ours.step()
+        oracle.step()
+    for name in names:
+        a, b = (one.get_parameter(name) - start.get_parameter(name) for one in (model, theirs))
+        assert (a - b).norm() < 0.02 * b.norm(), name
+
+
+def test_a_weight_without_gradient_stays(model):
+    optimizer = make_optimizer(model, 0.1, CPU)
+    set_lr(optimizer, 0.01)
+    fill_gradients(model, 1)
+    idle = model.model.layers[0].self_attn.q_proj.weight
+    idle.grad, before = None, idle.detach().clone()
+    optimizer.step()
+    assert torch.equal(idle, before)
 
 
 def test_the_rest_follows_adamw_by_formula(model):

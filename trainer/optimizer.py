@@ -11,22 +11,73 @@ routers have no two-sided geometry and stay with AdamW (arXiv:1711.05101), β = 
 only.
 """
 
+import math
+from collections import defaultdict
+
 import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 OPTIMIZERS = ("muon", "adamw")
 
 
-class MuonWithAdamW(Optimizer):
-    """Two optimisers that look like one to the loop, the gradient scaler and the checkpoint.
+def orthogonal(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
+    """The matrices with their singular values moved to between about 0.7 and 1.2, singular vectors kept.
 
-    Args: matrices: two-dimensional weights for Muon; others: parameter groups for AdamW.
+    Newton–Schulz: X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ raises every singular value of a matrix of norm ≤ 1 towards 1;
+    the coefficients trade accuracy for steepness near 0 (Jordan et al. 2024). Only products: fit for half precision.
+
+    Shape: (N, rows, columns) → (N, rows, columns) in `dtype`.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    X = matrices.mT if tall else matrices  # A is the smaller of the two Gram matrices
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(iterations):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+class Muon(Optimizer):
+    """Muon over matrices. Those of one shape are handled as one batch: a few large products instead of many small ones.
+
+    Args: matrices: two-dimensional weights; dtype: of the Newton–Schulz products.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[dict], weight_decay: float, fused: bool):
-        muon = Muon(matrices, lr=0.0, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, AdamW(others, lr=0.0, betas=(0.9, 0.95), fused=fused))
+    def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, weights in by_shape.items():
+                self.update(weights, group["lr"] * 0.2 * math.sqrt(max(shape)), group)
+
+    def update(self, weights: list[nn.Parameter], step_size: float, group: dict) -> None:
+        """One step for weights of one shape."""
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, buffers = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+        # Running means instead of sums: `orthogonal` takes no notice of a factor.
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: where the momentum will be
+        directions = orthogonal(torch.stack(ahead), self.dtype).float()
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(directions.unbind()), alpha=-step_size)
+
+
+class MuonWithAdamW(Optimizer):
+    """Two optimisers that look like one to the loop, the gradient scaler and the checkpoint."""
+
+    def __init__(self, muon: Muon, adamw: AdamW):
+        self.parts = (muon, adamw)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         # The very dictionaries of the parts: a learning rate set here is the one they step with.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -45,15 +96,20 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, device: torch.device, kind: str = "muon") -> Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    weight_decay: float,
+    device: torch.device,
+    kind: str = "muon",
+    dtype: torch.dtype = torch.float32,
+) -> Optimizer:
     """The optimiser over all trainable parameters, its learning rate to be set by the loop.
 
-    Args: kind: "muon" (Muon and AdamW) or "adamw".
+    Args: kind: "muon" (Muon and AdamW) or "adamw"; dtype: of Muon's products, as a rule the run's.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fused = device.type in ("cuda", "cpu")
     inner = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name and "mlp.gate.weight" not in name]
-    if kind == "adamw" or not inner:
+    if kind == "adamw":
         inner = []
     taken = {id(p) for p in inner}
     rest = [p for _, p in named if id(p) not in taken]
@@ -61,6 +117,5 @@ def make_optimizer(model: nn.Module, weight_decay: float, device: torch.device, 
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if not inner:
-        return AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=fused)
-    return MuonWithAdamW(inner, groups, weight_decay, fused)
+    adamw = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    return MuonWithAdamW(Muon(inner, weight_decay, dtype), adamw) if inner else adamw

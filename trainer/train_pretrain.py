@@ -137,7 +137,7 @@ def main() -> None:
     utils.plan_updates(args, len(data), run)
 
     # 5. Optimiser, and the state of an interrupted run
-    optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer)
+    optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer, run.dtype)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
     progress = keeper.restore_or_start(data.data_key)
 
