@@ -43,6 +43,7 @@ from model.weights import (  # noqa: E402
     find_weights,
     load_model,
     load_tokenizer,
+    tokenizer_of,
     weight_path,
 )
 from scripts.score_questions import run_questions  # noqa: E402
@@ -357,7 +358,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model_mode", type=int, choices=range(len(MODE_STAGES)), help=f"{modes} (the newest in --out_dir)")
     add("--weights", type=Path, metavar="PATH", help="a .pth file or a transformers folder, wherever it is")
     add("--model_path", type=Path, default=Path("MiniMind2"), help="the folder for --load 1 (./MiniMind2)")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="another tokenizer than the shipped one")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="another tokenizer than that of the weights")
     add("--lora_name", metavar="NAME", help="adapter to apply, OUT_DIR/lora/NAME_512.pth (none)")
     add("--out_dir", type=Path, default=ROOT / "out", help="folder of the weights (out/ of the project)")
     add("--hidden_size", type=int, help="take only weights of this width, for example 512 (any)")
@@ -456,7 +457,7 @@ def load_all(
     sizes = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
     model = load_model(path, device, pick_dtype(args.dtype, device), **sizes)
     ours = model.config.model_type == "minimind"
-    folder = args.tokenizer
+    folder = args.tokenizer or tokenizer_of(path)
     if folder is None and path.is_dir() and (not ours or (path / "tokenizer.json").is_file()):
         folder = path  # a foreign model needs its own; ours may rely on the shipped one
     tokenizer = load_tokenizer(folder)

@@ -289,7 +289,7 @@ def plain_attention(
 
     Shape: q (B, H, T, C), k and v (B, H, S, C), mask bool or additive, broadcast to (B, H, T, S) → (B, H, T, C).
     """
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
+    scores = ((q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)).float()  # divided first: float16 ends at 65,504
     if is_causal:
         T, S = scores.shape[-2:]
         attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -332,7 +332,7 @@ class MoEGate(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             probs = F.linear(x.float(), self.weight.float()).softmax(-1)  # (B, T, E)
         weights, chosen = probs.topk(self.top_k, dim=-1)
-        if self.norm_topk_prob:
+        if self.norm_topk_prob and self.top_k > 1:  # one weight normalised is 1, and the router would learn nothing
             weights = weights / weights.sum(-1, keepdim=True)
         return chosen, weights, self.balance_loss(probs, chosen, valid)
 
@@ -356,14 +356,23 @@ class MoEGate(nn.Module):
         return self.alpha * per_sequence.sum() / (tokens > 0).sum().clamp(min=1)
 
 
-def grouped_mm_works(x: Tensor, weight: Tensor) -> bool:
-    """Whether this device has grouped matrix products for these sizes: Ampere or newer, rows of whole 16 bytes."""
+def grouped_mm_works(device: torch.device, dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether torch has grouped matrix products for this: bfloat16 on Ampere or newer, rows of whole 16 bytes.
+
+    One kernel on Hopper and newer; on Ampere and Ada torch runs a product per expert and waits for the counts.
+    """
     return (
-        x.is_cuda
+        device.type == "cuda"
+        and dtype == torch.bfloat16
         and hasattr(F, "grouped_mm")
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
         and all(size % 8 == 0 for size in weight.shape)
     )
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with x runs: autocast's, where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class MOEFeedForward(nn.Module):
@@ -383,7 +392,9 @@ class MOEFeedForward(nn.Module):
         """Shape: x (B, T, D), valid (B, T) bool → (B, T, D), balance loss ()."""
         chosen, weights, aux_loss = self.gate(x, valid)
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
-        grouped = self.grouped if self.grouped is not None else grouped_mm_works(x, self.experts[0].gate_proj.weight)
+        grouped = self.grouped
+        if grouped is None:
+            grouped = grouped_mm_works(x.device, product_dtype(x), self.experts[0].gate_proj.weight)
         route = self.routed_grouped if grouped else self.routed_plain
         out = route(tokens, chosen.flatten(0, 1), weights.flatten(0, 1).to(x.dtype)).view_as(x)
         for expert in self.shared_experts:
@@ -404,11 +415,11 @@ class MOEFeedForward(nn.Module):
         return out
 
     def routed_grouped(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Slots sorted by expert, then one grouped matrix product per projection; the host never learns the counts.
+        """Slots sorted by expert, then one grouped matrix product per projection; nothing here asks for the counts.
 
         Shape: (N, D), (N, k), (N, k) → (N, D).
         """
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = product_dtype(x)
         N, k = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # (N·k,) slots, expert by expert
         counts = F.one_hot(chosen.flatten(), len(self.experts)).sum(0)

@@ -66,7 +66,8 @@ def save_weights(model: PreTrainedModel, path: str | Path, extra: dict | None = 
         name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16).contiguous())
         for name, tensor in model.state_dict().items()
     }
-    # Both are written in full before either gets its name: weights never stand beside another run's configuration.
+    # Both are written in full before either gets its name; only a kill between the two renames can part them, and then
+    # loading says so.
     with atomic_open(path.with_suffix(".json"), "w") as about, atomic_open(path) as weights:
         json.dump({"config": model.config.to_diff_dict(), **(extra or {})}, about, ensure_ascii=False, indent=2)
         about.flush()
@@ -213,6 +214,17 @@ def find_weights(
             f"`python trainer/{train}`, or everything at once with `python scripts/quick_start.py`."
         )
     return max(found)[2]
+
+
+def tokenizer_of(path: Path) -> str | None:
+    """The tokenizer folder that weights were trained with, None for the shipped one (or a transformers folder)."""
+    sidecar = path.with_suffix(".json")
+    if path.suffix != ".pth" or not sidecar.is_file():
+        return None
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8")).get("tokenizer")
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{sidecar} is damaged ({error}). Delete it; give --tokenizer if it was your own.") from error
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:

@@ -108,7 +108,7 @@ def main() -> None:
         print(f"{name:28}{value:,.3f}" if isinstance(value, float) else f"{name:28}{value}")
     if args.json:
         with atomic_open(args.json, "w") as f:
-            json.dump({"machine": machine(), "command": " ".join(sys.argv[1:]), "rows": [row]}, f, indent=2)
+            json.dump({"machine": machine("cpu"), "command": " ".join(sys.argv[1:]), "rows": [row]}, f, indent=2)
 
 
 if __name__ == "__main__":

@@ -86,11 +86,12 @@ def measure(case: dict) -> dict:
     }
 
 
-def machine() -> dict:
+def machine(device: str | None = None) -> dict:
     """What was measured on; enough to read the figures, nothing that names the owner."""
-    cuda = torch.cuda.is_available()
+    kind = utils.find_device(device)
+    cuda = kind.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(kind) if cuda else f"{kind.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -162,7 +163,7 @@ def main() -> None:
     print("\n" + table(rows))
     if args.json:
         with atomic_open(Path(args.json), "w") as f:
-            json.dump({"machine": machine(), "command": " ".join(sys.argv[1:]), "rows": rows}, f, indent=2)
+            json.dump({"machine": machine(args.device), "command": " ".join(sys.argv[1:]), "rows": rows}, f, indent=2)
 
 
 if __name__ == "__main__":

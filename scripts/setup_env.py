@@ -1,7 +1,10 @@
 """A virtual environment with the pinned packages, made once. Standard library only: nothing is installed yet."""
 
+from __future__ import annotations  # an older Python is to get as far as the message that it is too old
+
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -57,6 +60,8 @@ def ensure_environment(requirements: str) -> Path:
         return python
     try:
         if not python.is_file():
+            if importlib.util.find_spec("ensurepip") is None:
+                raise SystemExit("error: this Python lacks venv; on Debian and Ubuntu: apt install python3-venv")
             print(f"making a virtual environment in {folder}", flush=True)
             venv.create(folder, with_pip=True)
         # torch first: other packages ask for it with open ranges, and would draw a build of their own
@@ -65,8 +70,9 @@ def ensure_environment(requirements: str) -> Path:
             pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
             subprocess.run([*pip, *what], check=True)
     except subprocess.CalledProcessError as error:
-        hint = "on Debian and Ubuntu: apt install python3-venv" if not python.is_file() else "see the lines above"
-        raise SystemExit(f"error: setting up {folder} failed ({hint}); delete the folder to start over") from error
+        raise SystemExit(
+            f"error: setting up {folder} failed (see the lines above); delete the folder to start over"
+        ) from error
     stamp.write_text(key, encoding="utf-8")
     return python
 

@@ -235,9 +235,9 @@ def find_data() -> list[Path]:
     """The text and chat files in dataset/, else the demo data (generated when it is not there yet)."""
     found = []
     for path in sorted((ROOT / "dataset").glob("*.jsonl")):
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
             first = file.readline()
-        if '"text"' in first or '"conversations"' in first:  # preference and multiple-choice files have neither
+        if b'"text"' in first or b'"conversations"' in first:  # preference and multiple-choice files have neither
             found.append(path)
     if found:
         return found
@@ -712,6 +712,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console would otherwise fail on Chinese text
+            stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
     try:
         run(args)

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, D hidden size, E routed experts, k experts per token,
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def naive_moe(weights: dict[str, Tensor], x: Tensor, k: int, norm: bool, shared:
         score = torch.exp(weights["gate.weight"] @ token)
         score = score / score.sum()
         best = sorted(range(E), key=lambda e: -float(score[e].detach()))[:k]  # noqa: B023
-        total = sum(score[e] for e in best) if norm else 1.0
+        total = sum(score[e] for e in best) if norm and k > 1 else 1.0
         out = sum(score[e] / total * swiglu(weights, f"experts.{e}", token) for e in best)
         rows.append(out + sum(swiglu(weights, f"shared_experts.{s}", token) for s in range(shared)))
     return torch.stack(rows).view_as(x)
@@ -152,16 +151,23 @@ def test_garbage_in_the_gradient_of_an_idle_expert_is_dropped(monkeypatch):
 
 def test_where_the_grouped_path_is_taken(monkeypatch):
     """Not on a CPU, not before Ampere, not for rows that are no multiple of 16 bytes, not without the function."""
-    x, weight = SimpleNamespace(is_cuda=True, device="cuda:0"), torch.zeros(24, D)
+    card, bf16, weight = torch.device("cuda", 0), torch.bfloat16, torch.zeros(24, D)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert grouped_mm_works(x, weight)
-    assert not grouped_mm_works(tokens(), weight)
-    assert not grouped_mm_works(x, torch.zeros(24, 36)) and not grouped_mm_works(x, torch.zeros(20, D))
+    assert grouped_mm_works(card, bf16, weight)
+    assert not grouped_mm_works(torch.device("cpu"), bf16, weight)
+    assert not any(grouped_mm_works(card, dtype, weight) for dtype in (torch.float16, torch.float32))
+    assert not any(grouped_mm_works(card, bf16, torch.zeros(shape)) for shape in [(24, 36), (20, D)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not grouped_mm_works(x, weight)
+    assert not grouped_mm_works(card, bf16, weight)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delattr(F, "grouped_mm")
-    assert not grouped_mm_works(x, weight)
+    assert not grouped_mm_works(card, bf16, weight)
+
+
+def test_the_router_learns_with_one_expert_per_token_too():
+    moe = layer(num_experts_per_tok=1, aux_loss_alpha=0.0)
+    moe(tokens())[0].square().sum().backward()
+    assert moe.gate.weight.grad.abs().max() > 1e-3
 
 
 def test_cpu_takes_the_plain_path(monkeypatch):

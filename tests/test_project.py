@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+import setup_env
 from setup_env import ensure_environment, installed, read_pins
 
 OURS = {"model", "trainer", "dataset", "scripts", "eval_model", "setup_env"}
@@ -59,6 +60,15 @@ def test_environment_is_reused_when_the_pins_are_installed():
         assert ensure_environment("requirements.txt") == Path(sys.executable)
 
 
+def test_a_python_without_venv_is_told_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    (tmp_path / "needs.txt").write_text("no-such-package-here==1\n")
+    monkeypatch.setattr(setup_env.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="error: .*apt install python3-venv"):
+        ensure_environment("needs.txt")
+    assert not (tmp_path / ".venv").exists()
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
 def test_readme_names_only_what_exists(readme):
     """Every script in a command, every flag beside it and every linked file is there."""
@@ -96,11 +106,17 @@ def test_help_works_from_another_folder(script, tmp_path):
 
 
 def test_no_flag_is_dead():
-    """Every flag that a trainer defines is read somewhere."""
-    sources = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "trainer").glob("*.py"))
-    for flag in re.findall(r'add_argument\(\s*"--([a-z_]+)"', sources):
-        used = re.findall(rf"args\.{flag}\b|\"{flag}\"|\b{flag} ", sources.replace(f'"--{flag}"', ""))
-        assert used, f"--{flag} is defined and never read"
+    """Every flag that a trainer defines is read somewhere: as args.flag, or by its quoted name."""
+    flags, read = set(), set()
+    for path in (ROOT / "trainer").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                (flags if node.value.startswith("--") else read).add(node.value.removeprefix("--"))
+    flags = {flag for flag in flags if re.fullmatch("[a-z_]+", flag)}
+    assert len(flags) > 25 and {"batch_size", "resume", "seed"} <= flags
+    assert not flags - read - {"no-"}, f"defined and never read: {flags - read}"
 
 
 def test_the_scripts_run_on_the_oldest_python_as_syntax():

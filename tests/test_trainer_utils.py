@@ -645,13 +645,20 @@ def test_signature_names_what_differs():
 
 def test_an_earlier_run_is_kept_aside(tmp_path, capsys):
     folder, previous = tmp_path / "runs" / "pretrain_64", tmp_path / "runs" / "pretrain_64.previous"
-    checkpoint.start_folder(folder)
+    weights = tmp_path / "pretrain_64.pth"
+    checkpoint.start_folder(folder, weights)
     assert folder.is_dir() and not previous.exists()
-    checkpoint.start_folder(folder)
+    checkpoint.start_folder(folder, weights)
     assert not previous.exists() and capsys.readouterr().out == ""  # an empty folder is no earlier run
     for step in (1, 2):
         checkpoint.save_state(folder, state(step), {"progress": step}, step)
-        checkpoint.start_folder(folder)
+        weights.write_bytes(bytes([step]))
+        checkpoint.start_folder(folder, weights)
+        # Stopped before it saved anything, twice: what is kept stays the run that was worth it.
+        for _ in range(2):
+            (folder / "metrics.jsonl").write_text("{}")
+            checkpoint.start_folder(folder, weights)
+        assert weights.read_bytes() == (previous / "pretrain_64.pth").read_bytes() == bytes([step])
         assert list(folder.iterdir()) == []
         assert "an earlier run was here" in capsys.readouterr().out
         path, facts = checkpoint.newest_state(previous)
@@ -723,5 +730,62 @@ def test_devices_that_are_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert utils.find_device("cuda:1") == torch.device("cuda", 1)
     assert utils.find_device(None) == utils.find_device("cuda") == torch.device("cuda")
+
+
+@pytest.mark.parametrize("given, rank, world, index", [(None, 0, 1, 0), ("cuda:1", 0, 1, 1), ("cuda", 1, 2, 1)])
+def test_a_run_on_a_card_names_the_card(given, rank, world, index, monkeypatch):
+    """torch.cuda.set_device refuses a device without a number; a driver is not needed to see that."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(utils.dist, "init_process_group", lambda *args, **kwargs: None)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, str(value))
+    run = utils.Run(given, "auto", 0)
+    assert chosen == [index] and run.device == torch.device("cuda", index) and run.dtype is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if index:
+        with pytest.raises(UserError, match="no such device|no more processes than there are cards"):
+            utils.Run(given, "auto", 0)
+
+
+def test_where_compiling_pays(monkeypatch):
+    cpu, card = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:0"))
+    monkeypatch.setattr(utils.sys, "platform", "linux")
+    monkeypatch.setattr(utils.shutil, "which", lambda name: name)
+    monkeypatch.setattr(utils.Path, "is_file", lambda path: path.name == "Python.h")
+    assert utils.compile_pays(cpu, 1_000_000, False)
+    assert not utils.compile_pays(cpu, 999_999, False) and not utils.compile_pays(cpu, 10**9, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert utils.compile_pays(card, 1, False) and not utils.compile_pays(card, 10**9, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not utils.compile_pays(card, 10**9, False)
+    assert not utils.compile_pays(SimpleNamespace(device=torch.device("mps")), 10**9, False)
+    monkeypatch.setattr(utils.Path, "is_file", lambda path: False)  # no python3-dev
+    assert not utils.compile_pays(cpu, 10**9, False)
+    monkeypatch.setattr(utils.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(utils.shutil, "which", lambda name: None)
+    assert not utils.compile_pays(cpu, 10**9, False)
+    monkeypatch.setattr(utils.shutil, "which", lambda name: name)
+    monkeypatch.setattr(utils.sys, "platform", "win32")
+    assert not utils.compile_pays(cpu, 10**9, False) and not utils.compile_pays(card, 10**9, False)
+
+
+def test_out_of_memory_is_one_line_of_advice(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--batch_size" in error and "--accumulation_steps" in error
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="use --device cuda"):
         utils.find_device("cuda:2")

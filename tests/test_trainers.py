@@ -447,7 +447,7 @@ def test_mixture_of_experts_trains_and_logs_its_balance_loss(flags, tmp_path, mo
     assert load_model(tmp_path / "pretrain_32_moe.pth").config.use_moe
 
 
-def test_updates_without_a_label_change_nothing_but_by_decay(flags, tmp_path, monkeypatch):
+def test_a_first_update_without_a_label_changes_nothing_but_by_decay(flags, tmp_path, monkeypatch):
     read_updates = utils.read_updates
 
     def first_without_labels(*args):
@@ -508,6 +508,7 @@ def layout_run(files, tmp_path_factory):
         ("experts", "8 x 4"),
         ("experts", "2 ranks x 16"),
         ("muon", "8 x 4"),
+        ("muon", "2 ranks x 16"),
     ],
 )
 def test_any_layout_of_the_batch_is_the_same_update(kind, layout, layout_run, reference):
@@ -517,7 +518,7 @@ def test_any_layout_of_the_batch_is_the_same_update(kind, layout, layout_run, re
     one, other = metrics(one_dir, size=size), metrics(other_dir, size=size)
     assert curve(one, "step") == curve(other, "step")
     assert curve(one, "tokens") == curve(other, "tokens") and len(curve(one, "tokens")) == 6
-    # Rounding is amplified where a router's choice flips, and by Muon, whose matrix products are bfloat16.
+    # Rounding is amplified where a router's choice flips, and by Muon, which evens out large and small directions.
     close = functools.partial(pytest.approx, rel={"dense": 1e-6, "experts": 1e-5, "muon": 1e-4}[kind])
     assert curve(other) == close(curve(one))
     if kind != "muon":  # the optimisers do not see a wrong scale of the gradient, its norm does
@@ -813,6 +814,53 @@ def test_a_second_run_keeps_the_first_one_aside(reference, files, tmp_path):
     assert curve(metrics(tmp_path / "out"), "step") == [1, 2, 2]
     kept, _ = final_state(tmp_path / "out", size="32.previous")
     assert differences(kept, final_state(reference.out_dir)[0]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft"])
+def test_compiled_equals_eager_and_goes_on_bit_for_bit(stage, flags, tmp_path):
+    changes = dict(max_steps=6, save_interval=3, val_interval=0, max_seq_len=32)
+    if stage == "full_sft":
+        changes |= dict(from_weight="none", hidden_size=32, num_hidden_layers=1)
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        result = train(SCRIPTS[stage], [*flags(stage, tmp_path / name, **changes), *more])
+        assert result.status == 0 and f"compile {'on' if more else 'off'}" in result.out, result.err
+    eager, compiled = (metrics(tmp_path / name, stage) for name in ("eager", "compiled"))
+    assert len(curve(eager)) == 6 and curve(compiled) == pytest.approx(curve(eager), rel=1e-3)
+    shutil.copytree(tmp_path / "compiled", tmp_path / "cut")
+    for path in (tmp_path / "cut").rglob("step_00000006.*"):
+        path.unlink()
+    result = resume(tmp_path / "cut", stage)
+    assert result.status == 0 and "resumed at update 3" in result.out, result.err
+    assert_same_run(tmp_path / "compiled", tmp_path / "cut", stage)
+
+
+def test_a_run_goes_on_in_another_precision(flags, tmp_path):
+    """Begun where the hardware has bfloat16, continued where a loss scaler is needed."""
+    assert train(train_pretrain, flags(max_steps=6, save_interval=3, val_interval=0)).status == 0
+    for path in (tmp_path / "runs").rglob("step_00000006.*"):
+        path.unlink()
+    result = resume(tmp_path, "pretrain", "--dtype", "float16")
+    assert result.status == 0, result.err
+    assert "began in torch.float32 and goes on in torch.float16" in result.out
+    assert len(curve(metrics(tmp_path))) == 6 and all(math.isfinite(loss) for loss in curve(metrics(tmp_path)))
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_later_stages_inherit_the_tokenizer(flags, tmp_path):
+    folder = tmp_path / "my tokenizer"
+    load_tokenizer().save_pretrained(folder)
+    short = dict(max_steps=2, val_interval=0)
+    assert train(train_pretrain, flags(tokenizer=folder, **short)).status == 0
+    assert train(train_full_sft, flags("full_sft", **short)).status == 0
+    for stage in SCRIPTS:
+        about = json.loads((tmp_path / f"{stage}_32.json").read_text(encoding="utf-8"))
+        assert about["tokenizer"] == str(folder)
+    shutil.rmtree(folder)
+    result = train(train_full_sft, flags("full_sft", **short))
+    assert result.status == 2 and "my tokenizer holds no tokenizer.json" in result.err and result.err.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- non-finite

@@ -20,7 +20,17 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import STAGES, WeightsError, atomic_open, find_weights, load_model, save_weights, weight_path
+from model.weights import (
+    STAGES,
+    WeightsError,
+    atomic_open,
+    find_weights,
+    load_model,
+    load_tokenizer,
+    save_weights,
+    tokenizer_of,
+    weight_path,
+)
 from trainer.trainer_utils import Run, UserError
 
 
@@ -142,15 +152,46 @@ def check_signature(saved: dict, now: dict) -> None:
             )
 
 
-def start_folder(folder: Path) -> None:
-    """Makes an empty run folder. What an earlier run left in it moves to `NAME.previous`, where one run is kept."""
-    if folder.exists() and any(folder.iterdir()):
+def start_folder(folder: Path, weights: Path) -> None:
+    """Makes an empty run folder. An earlier run that saved something moves to `NAME.previous`, its weights with it.
+
+    One run is kept there. One that was stopped before it saved is dropped: it must not push out a run that is worth it.
+    """
+    if any(folder.glob("step_*.pt")):
         previous = folder.with_name(folder.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        if previous.exists():
+            shutil.rmtree(previous)
         folder.rename(previous)
-        if any(previous.glob("step_*.pt")):
-            print(f"an earlier run was here; it is kept in {previous} (use --resume to continue a run instead)")
+        for path in (weights, weights.with_suffix(".json")):  # copied: until the new run saves, the chat needs them
+            if path.is_file():
+                shutil.copy2(path, previous)
+        print(f"an earlier run was here; it is kept in {previous} (use --resume to continue a run instead)")
+    elif folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def start_weights(args: argparse.Namespace) -> Path | None:
+    """The weights named by `--from_weight`, a stage or a file; None for a new model.  Raises: WeightsError."""
+    if args.from_weight in (None, "none"):
+        return None
+    if args.from_weight in STAGES:
+        return find_weights(args.out_dir, args.from_weight, args.hidden_size, args.use_moe)
+    return Path(args.from_weight)
+
+
+def start_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
+    """The tokenizer of `--tokenizer`, else of the weights to start from, else the shipped one. Later stages inherit it.
+
+    Raises: WeightsError when it is not there.
+    """
+    if args.tokenizer is None and not args.resume:
+        weights = start_weights(args)
+        args.tokenizer = tokenizer_of(weights) if weights else None
+    if args.tokenizer is not None:
+        args.tokenizer = str(Path(args.tokenizer).resolve())
+    args.given["tokenizer"] = args.tokenizer
+    return load_tokenizer(args.tokenizer)
 
 
 def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run) -> MiniMindForCausalLM:
@@ -167,7 +208,8 @@ def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, ru
         asked = {name: value for name, value in given.items() if value is not None}
         check_signature({name: getattr(config, name) for name in asked}, asked)
         return MiniMindForCausalLM(config).to(run.device).train()
-    if args.from_weight in (None, "none"):
+    path = start_weights(args)
+    if path is None:
         config = MiniMindConfig(
             hidden_size=args.hidden_size or 512,
             num_hidden_layers=args.num_hidden_layers or 8,
@@ -175,9 +217,6 @@ def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, ru
             vocab_size=len(tokenizer),
         )
         return MiniMindForCausalLM(config).to(run.device).train()
-    path = Path(args.from_weight)
-    if args.from_weight in STAGES:
-        path = find_weights(args.out_dir, args.from_weight, args.hidden_size, args.use_moe)
     model = load_model(path, run.device, **given)
     if model.config.vocab_size != len(tokenizer):
         raise WeightsError(f"{path} has {model.config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they differ.")
@@ -212,7 +251,7 @@ class Keeper:
         }
         if not self.args.resume:
             if self.run.is_main:
-                start_folder(self.folder)
+                start_folder(self.folder, self.weights)
             return self.progress
         newest = newest_state(self.folder)
         if newest is None:
@@ -225,7 +264,10 @@ class Keeper:
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.run.scaler.load_state_dict(state["scaler"])
+        if self.run.scaler.is_enabled() and state["scaler"]:
+            self.run.scaler.load_state_dict(state["scaler"])
+        if self.run.is_main and facts.get("dtype") != str(self.run.dtype):
+            print(f"note: the run began in {facts.get('dtype')} and goes on in {self.run.dtype}")
         self.wandb_id = facts.get("wandb_id")
         self.progress = Progress(**facts["progress"])
         if self.progress.finished and self.run.is_main:
@@ -248,11 +290,13 @@ class Keeper:
             "args": self.args.given,
             "config": self.model.config.to_diff_dict(),
             "signature": self.signature,
+            "dtype": str(self.run.dtype),
             "wandb_id": self.wandb_id,
         }
         try:
             save_state(self.folder, state, facts, self.progress.step)
-            save_weights(self.model, self.weights, {"stage": self.stage, "step": self.progress.step})
+            about = {"stage": self.stage, "step": self.progress.step, "tokenizer": self.args.tokenizer}
+            save_weights(self.model, self.weights, about)
         except RuntimeError as error:  # torch reports a full disk from its archive writer
             message = f"could not save to {self.folder} ({error}). Is the disk full? Older states are whole."
             raise OSError(message) from error

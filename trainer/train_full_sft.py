@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import IGNORE, SFTDataset, token_bytes
-from model.weights import load_tokenizer
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.optimizer import make_optimizer
@@ -130,7 +129,7 @@ def main() -> None:
     run = utils.Run(args.device, args.dtype, args.seed)
 
     # 3. Model: weights that know their configuration
-    tokenizer = load_tokenizer()
+    tokenizer = checkpoint.start_tokenizer(args)
     raw_model = checkpoint.start_model(args, tokenizer, run)
 
     # 4. Data: tokenised once, packed into rows

@@ -14,6 +14,8 @@ import random
 import shutil
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from model.model_minimind import MOEFeedForward, grouped_mm_works
 from trainer.optimizer import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +54,15 @@ def run_script(main: Callable[[], None]) -> None:
         hint = "" if type(error) is not ValueError else " [set MINIMIND_TRACEBACK=1 to see where]"
         print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
         leave(2)
+    except torch.OutOfMemoryError:
+        advice = "halve --batch_size and double --accumulation_steps (the same update), or shorten --max_seq_len"
+        print(f"error: the device is out of memory: {advice}.", file=sys.stderr, flush=True)
+        leave(2)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def leave(status: int) -> None:
@@ -85,17 +97,19 @@ class BoolFlag(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, value)
 
 
-def number(kind: type, low: float, excluded: bool = False) -> Callable[[str], float]:
-    """An argparse type: an int or float from `low` on (above it, when excluded)."""
+def number(kind: type, low: float, excluded: bool = False, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: an int or float from `low` on (above it, when excluded), below `high`."""
 
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (value > low if excluded else value >= low) or math.isinf(value):
+        if not (value > low if excluded else value >= low) or not value < high:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {'above' if excluded else 'from'} {low}")
+            limit = "" if math.isinf(high) else f", below {high}"
+            expected = f"{what} {'above' if excluded else 'from'} {low}{limit}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
         return value
 
     return read
@@ -110,6 +124,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     shape.add_argument("--use_moe", action=BoolFlag, help="mixture of experts instead of the dense feed-forward")
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="JSON Lines file; left out: a known name in dataset/, else the demo data")
+    data.add_argument("--tokenizer", help="folder of another tokenizer; default that of the starting weights")
     data.add_argument("--max_seq_len", type=count, help="tokens per row; documents are packed into rows")
     data.add_argument("--val_ratio", type=amount, default=0.01, help="share of the records held out for validation")
     data.add_argument("--skip_bad_records", action=BoolFlag, default=False, help="count malformed lines, do not stop")
@@ -128,7 +143,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     optim.add_argument("--weight_decay", type=amount, default=0.1, help="on matrices only")
     optim.add_argument("--grad_clip", type=positive, default=1.0, help="largest gradient norm")
     optim.add_argument("--max_steps", type=count, help="stop after this many updates; the schedule is fitted to it")
-    optim.add_argument("--seed", type=natural, default=42, help="fixes initialisation, order of rows and dropout")
+    seed = number(int, 0, high=2**32)
+    optim.add_argument("--seed", type=seed, default=42, help="fixes initialisation, order of rows and dropout")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cuda:1, mps or cpu; default the best there is")
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="arithmetic under autocast")
@@ -163,10 +179,11 @@ class Run:
         self.seed = seed
         self.device = find_device(device)
         if self.device.type == "cuda":
-            if self.world_size > 1:
-                self.device = torch.device("cuda", local_rank)
+            index = local_rank if self.world_size > 1 else self.device.index or 0
+            if index >= torch.cuda.device_count():
+                raise UserError(f"rank {self.rank} has no card: start no more processes than there are cards here.")
+            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
             # Sums in a fixed order, so that an interrupted run continues bit for bit.
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -258,12 +275,15 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def compile_pays(run: Run, planned_tokens: int, use_moe: bool) -> bool:
-    """Compiling costs half a minute and needs a compiler; on a CPU the loop over experts would recompile for ever."""
+def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> bool:
+    """Whether compiling can work here, and is worth half a minute. A loop over experts would recompile for ever."""
+    if sys.platform == "win32" or loops_over_experts:
+        return False
     if run.device.type == "cuda":
-        return torch.cuda.get_device_capability(run.device) >= (7, 0) and sys.platform != "win32"
-    has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    return bool(run.device.type == "cpu" and has_compiler and not use_moe and planned_tokens >= 1_000_000)
+        return torch.cuda.get_device_capability(run.device) >= (7, 0)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    headers = Path(sysconfig.get_path("include"), "Python.h")  # a package of its own on Debian: python3-dev
+    return bool(run.device.type == "cpu" and compiler and headers.is_file() and planned_tokens >= 1_000_000)
 
 
 def compile_and_wrap(
@@ -274,9 +294,14 @@ def compile_and_wrap(
     Compiled cross-entropy never holds the float32 logits. Rows have one shape, so the model is compiled once; only the
     number of trained tokens varies (`to_device`), so the loss of the stages that pick them out is compiled for any.
     """
+    looping = False
+    for module in raw_model.modules():
+        if isinstance(module, MOEFeedForward):  # settled here: the compiler cannot follow questions about the device
+            module.grouped = grouped_mm_works(run.device, run.dtype, module.experts[0].gate_proj.weight)
+            looping = not module.grouped
     if args.compile is None:
         tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
-        args.compile = compile_pays(run, tokens, raw_model.config.use_moe)
+        args.compile = compile_pays(run, tokens, looping)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
     return run.wrap(model), torch.compile(nll) if args.compile else nll
 
@@ -414,12 +439,19 @@ def read_updates(
         collate_fn=dataset.collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own, so that reading leaves the random numbers of the run alone
     )
     batches = iter(loader)
     for rows, micros in order.updates():
         batch = [next(batches) for _ in micros]
         yield rows, [{k: to_device(k, v, device) for k, v in micro.items()} for micro in batch]
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches a loader process too; it has to feed the update in hand. It ends when the main process lets go."""
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def to_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
@@ -453,7 +485,7 @@ def validate(
         return None
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3)  # nats, tokens, bytes
+    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     mine = list(range(run.rank, rows, run.world_size))
     for start in range(0, len(mine), batch_size):
         batch = dataset.collate([dataset[row] for row in mine[start : start + batch_size]])
@@ -463,7 +495,7 @@ def validate(
         with run.autocast():
             nats = nll(model(**batch).logits, targets)
         trained = labels[:, 1:][labels[:, 1:] >= 0].cpu()
-        totals += torch.tensor([nats.sum().item(), trained.numel(), bytes_of[trained].sum().item()])
+        totals += torch.tensor([nats.sum().item(), trained.numel(), bytes_of[trained].sum().item()], dtype=totals.dtype)
     model.train(was_training)
-    nats, tokens, text_bytes = run.sum_ranks(totals.to(run.device)).tolist()
+    nats, tokens, text_bytes = run.sum_ranks(totals.to(run.device) if run.world_size > 1 else totals).tolist()
     return {"val_loss": nats / max(tokens, 1), "val_bpb": nats / math.log(2) / max(text_bytes, 1)}
