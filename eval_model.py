@@ -19,9 +19,9 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -493,6 +493,12 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.questions and not args.questions.is_file():  # before minutes of loading
         raise UserError(f"{args.questions} does not exist; `python dataset/make_demo_data.py` writes test questions.")
+    if args.json:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.json.parent).close()
+        except OSError as error:
+            raise UserError(f"--json {args.json} cannot be written ({error.strerror}); name another file.") from error
     path, stage = find_model(args)
     device = pick_device(args.device)
     continues_text = stage == "pretrain"
@@ -552,10 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
     transformers_logging.disable_progress_bar()
-    try:
-        sys.exit(run(args))
-    except BrokenPipeError:  # the reader of our output went away (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(run(args))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def guess_stage(path: Path) -> str:
     Raises:
         DataError: no line tells.
     """
-    seen = "no line is a JSON object"
+    seen = "no line holds a whole JSON object; expected one record per line, not spread over several"
     for _, raw in tc.read_lines(path):
         try:
             record = tc.parse_line(raw)
@@ -131,9 +131,11 @@ def guess_stage(path: Path) -> str:
             return "reason" if isinstance(last, str) and lm.REASONED.fullmatch(last.strip()) else "sft"
         if "conversations" in record:
             return "sft"
-        seen = f"the keys of the first record are {', '.join(record) or 'none'}"
+        keys = ", ".join(record) or "none"
+        choices = ",".join(STAGES)
+        seen = f"the keys of the first record are {keys}, no stage's format; name it with --stage {{{choices}}}"
         break
-    raise tc.DataError(f"{path}: {seen}, which is no stage's format; name it with --stage {{{','.join(STAGES)}}}")
+    raise tc.DataError(f"{path}: {seen}")
 
 
 # ---- the checks ----------------------------------------------------------------------------------
@@ -305,16 +307,17 @@ def show_report(report: Report, path: Path, stage: str, args: argparse.Namespace
     elif stage in ("reason", "dpo"):
         lines.append(f"trained on   {report.trained_tokens:,} ({_share(report.trained_tokens, tokens)})")
     shares = np.percentile(report.lengths, PERCENTILES)
-    names = ["median" if p == 50 else "longest" if p == 100 else f"{p} %" for p in PERCENTILES]
-    lines.append("length       " + ", ".join(f"{n} {v:,.0f}" for n, v in zip(names, shares, strict=True)))
+    names = ["median" if p == 50 else "longest" if p == 100 else f"p{p}" for p in PERCENTILES]
+    lines.append("length       " + ", ".join(f"{n} {v:,.0f}" for n, v in zip(names, shares, strict=True)) + " tokens")
     if stage == "pretrain":
         lines.append(f"longer than  {args.max_seq_len}: {report.rows['split']:,} documents are split, nothing is lost")
     elif stage != "choice":
-        share = _share(report.truncated, report.records)
-        lines.append(f"longer than  {args.max_seq_len}: {report.truncated:,} ({share}) lose their end")
+        cut = report.truncated + (report.rows["dropped"] if report.rows else 0)
+        share = _share(cut, report.records)
+        lines.append(f"longer than  {args.max_seq_len}: {cut:,} ({share}) lose their end")
     if report.rows and report.rows["dropped"]:
         lines.append(
-            f"dropped      {report.rows['dropped']:,}: nothing to train on within {args.max_seq_len} tokens; "
+            f"dropped      {report.rows['dropped']:,} of them: nothing to train on within {args.max_seq_len} tokens; "
             "try a larger --max_seq_len"
         )
     if report.rows:
@@ -404,10 +407,15 @@ def main(argv: list[str] | None = None) -> int:
             report = check_streamed(path, stage, tokenizer, args.max_seq_len, True)
         print("\n".join(show_report(report, path, stage, args, language_share(path))))
         show_preview(path, stage, tokenizer, args)
+    except BrokenPipeError:  # the reader of our output went away (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (tc.DataError, WeightsError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    return 1 if report.n_bad else 0
+    except KeyboardInterrupt:
+        return 130
+    return 1 if report.n_bad or (report.rows and not report.rows["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ def parse_conversation(turns: Any, key: str = "conversations") -> tuple[list[dic
             raise ValueError(f'{where}: key "role" is missing (keys: {_keys(turn)}) while other turns have one')
         role = ("user", "assistant")[i % 2] if roleless else turn["role"]
         if role not in ROLES:
-            raise ValueError(f"{where}: the role is {_quote(role)}; expected one of {', '.join(ROLES)}")
+            renamed = {"human": "user", "gpt": "assistant"}.get(role) if isinstance(role, str) else None
+            hint = f"; rename {role} to {renamed}" if renamed else ""
+            raise ValueError(f"{where}: the role is {_quote(role)}; expected one of {', '.join(ROLES)}{hint}")
         if role == "system" and i:
             raise ValueError(f"{where}: a system turn; expected it first or not at all")
         if "content" not in turn and not turn.get("tool_calls"):

@@ -31,6 +31,7 @@ import mmap
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 import threading
@@ -588,8 +589,11 @@ def load_or_build(
 
 
 def _bad_record_error(path: Path, line: int, reason: str, n_bad: int, n_seen: int) -> DataError:
-    advice = f"`python dataset/check_data.py {path}` shows more"
-    advice += ", --skip_bad_records leaves them out" if n_bad < n_seen else "; is it a file for another stage?"
+    advice = f"`python dataset/check_data.py {shlex.quote(str(path))}` shows more"
+    if n_bad < n_seen:
+        advice += ", --skip_bad_records leaves them out"
+    elif reason.startswith('key "'):  # of the record itself, not of a turn
+        advice += "; is it a file for another stage?"
     return DataError(f"{path}, line {line}: {reason} ({n_bad} bad of {n_seen} records read; {advice})")
 
 

@@ -19,6 +19,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order of the pipeline; the newest file decides, the later stage where two are equally new.
+TRAINERS = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py"}
 STAGES = ("pretrain", "full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo_actor")
 
 
@@ -80,7 +81,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises: WeightsError when the file is missing, cut off, or holds something else than named tensors.
     """
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist. Train it first, or name another file.")
+        raise WeightsError(f"{path} does not exist; expected a .pth file, or a stage: {', '.join(STAGES)}.")
     try:
         with open(path, "rb") as f:  # an empty, cut off or foreign file has no archive directory at its end
             if not zipfile.is_zipfile(f):
@@ -207,11 +208,16 @@ def find_weights(
             ):
                 found.append((path.stat().st_mtime, rank, path))
     if not found:
-        wanted = " ".join(str(v) for v in (stage, hidden_size, "moe" if use_moe else None) if v is not None)
-        train = "train_pretrain.py" if stage in (None, "pretrain") else "train_full_sft.py"
+        wanted = f"{stage} weights" if stage else "weights"
+        wanted += f" of hidden_size {hidden_size}" if hidden_size else ""
+        wanted += "" if use_moe is None else " with experts" if use_moe else " without experts"
+        there = sorted(path.stem for name in STAGES for path in Path(out_dir).glob(f"{name}_*.pth"))
+        script = TRAINERS.get(stage or "pretrain")
+        size = f" --hidden_size {hidden_size}" if hidden_size and script == TRAINERS["pretrain"] else ""
+        advice = f"Train some with `python trainer/{script}{size}`" if script else "No script here makes them yet"
         raise WeightsError(
-            f"There are no{' ' + wanted if wanted else ''} weights in {out_dir}. Train some with "
-            f"`python trainer/{train}`, or everything at once with `python scripts/quick_start.py`."
+            f"There are no {wanted} in {out_dir}{' (it holds ' + ', '.join(there) + ')' if there else ''}. {advice}"
+            f"{'' if there else ', or everything at once with `python scripts/quick_start.py`'}."
         )
     return max(found)[2]
 
@@ -224,7 +230,7 @@ def tokenizer_of(path: Path) -> str | None:
     try:
         return json.loads(sidecar.read_text(encoding="utf-8")).get("tokenizer")
     except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{sidecar} is damaged ({error}). Delete it; give --tokenizer if it was your own.") from error
+        raise WeightsError(f"{sidecar} is damaged ({error}). Delete it (and name your own --tokenizer).") from error
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:

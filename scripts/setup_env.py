@@ -3,7 +3,6 @@
 from __future__ import annotations  # an older Python is to get as far as the message that it is too old
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -36,6 +35,7 @@ def read_pins(path: Path) -> dict[str, str]:
 def installed(pins: dict[str, str]) -> bool:
     """Whether the running interpreter already has every pin (a local build such as 2.13.0+cu130 counts)."""
     try:
+        importlib.import_module("importlib.metadata")  # here: Python 3.7 has none, and is to be told so below
         return all(importlib.metadata.version(name).split("+")[0] == version for name, version in pins.items())
     except importlib.metadata.PackageNotFoundError:
         return False
@@ -59,27 +59,40 @@ def ensure_environment(requirements: str) -> Path:
     if python.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return python
     try:
-        if not python.is_file():
+        pip = [str(python), "-m", "pip"]
+        if not python.is_file() or subprocess.run([*pip, "--version"], capture_output=True).returncode:
             if importlib.util.find_spec("ensurepip") is None:
                 raise SystemExit("error: this Python lacks venv; on Debian and Ubuntu: apt install python3-venv")
             print(f"making a virtual environment in {folder}", flush=True)
-            venv.create(folder, with_pip=True)
+            venv.create(folder, with_pip=True, clear=True)  # what an interrupted start left there goes
         # torch first: other packages ask for it with open ranges, and would draw a build of their own
         for what in ([f"torch=={pins['torch']}"], ["-r", str(ROOT / requirements)]):
             print(f"installing {what[-1]}", flush=True)
-            pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-            subprocess.run([*pip, *what], check=True)
+            subprocess.run([*pip, "install", "-q", "--disable-pip-version-check", *what], check=True)
     except subprocess.CalledProcessError as error:
         raise SystemExit(
             f"error: setting up {folder} failed (see the lines above); delete the folder to start over"
         ) from error
+    except OSError as error:
+        raise SystemExit(f"error: {folder} cannot be written ({error.strerror}); copy the project elsewhere") from error
+    except KeyboardInterrupt:
+        raise SystemExit("error: interrupted; the same command goes on where it stopped") from None
     stamp.write_text(key, encoding="utf-8")
     return python
 
 
 def run_step(python: Path, *arguments: str) -> None:
-    """Runs one script of the repository in its own process; its failure ends this one with the same status."""
+    """Runs one script of the repository in its own process; its failure ends this one with the same status.
+
+    Ctrl-C reaches that process too. It saves and leaves in its own time, and is waited for.
+    """
     environment = {**os.environ, "PYTHONUTF8": "1"}
-    status = subprocess.run([str(python), *arguments], cwd=ROOT, env=environment).returncode
+    process = subprocess.Popen([str(python), *arguments], cwd=ROOT, env=environment)
+    status = None
+    while status is None:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            continue
     if status:
-        raise SystemExit(status)
+        raise SystemExit(status if status > 0 else 128 - status)

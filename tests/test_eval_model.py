@@ -513,7 +513,7 @@ ERRORS = {
     "stage not trained": (["--model_mode", "4"], "There are no grpo weights"),
     "no such file": (["--weights", "{tmp}/x.pth"], "does not exist"),
     "no such folder": (["--load", "1", "--model_path", "{tmp}/x"], "--model_path FOLDER"),
-    "size not there": (["--hidden_size", "512"], "There are no 512 weights"),
+    "size not there": (["--hidden_size", "512"], "no weights of hidden_size 512"),
     "another depth": (["--num_hidden_layers", "9"], "has num_hidden_layers 2"),
     "no tokenizer": (["--tokenizer", "{tmp}/empty"], "holds no tokenizer.json"),
     "another device": (["--device", "abacus"], "expected cpu, cuda"),

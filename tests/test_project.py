@@ -1,7 +1,9 @@
 """The repository as a whole: pins, words and flags of the README, blocks that are repeated on purpose."""
 
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import setup_env
-from setup_env import ensure_environment, installed, read_pins
+from setup_env import ensure_environment, installed, read_pins, run_step
 
 OURS = {"model", "trainer", "dataset", "scripts", "eval_model", "setup_env"}
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
@@ -56,8 +58,54 @@ def test_pins_follow_the_python_version(tmp_path):
 
 def test_environment_is_reused_when_the_pins_are_installed():
     assert installed({}) and not installed({"no-such-package-here": "1"})
-    if installed(read_pins(ROOT / "requirements.txt")):
-        assert ensure_environment("requirements.txt") == Path(sys.executable)
+
+
+def test_this_interpreter_is_used_when_it_has_everything(monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    (tmp_path / "needs.txt").write_text(f"pytest=={pytest.__version__}\n")
+    assert ensure_environment("needs.txt") == Path(sys.executable)
+
+
+def test_a_half_made_environment_is_made_again(monkeypatch, tmp_path):
+    """An interrupted start left a Python without pip."""
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    (tmp_path / "needs.txt").write_text("torch==0\n")
+    made, python = [], tmp_path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python.parent.mkdir(parents=True)
+    python.touch()
+
+    def run(command, **options):
+        if "--version" in command:
+            return subprocess.CompletedProcess(command, 1)
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(setup_env.subprocess, "run", run)
+    monkeypatch.setattr(setup_env.venv, "create", lambda folder, **options: made.append(options))
+    with pytest.raises(SystemExit, match="setting up .* failed"):
+        ensure_environment("needs.txt")
+    assert made == [{"with_pip": True, "clear": True}]
+
+
+def test_a_step_passes_its_status_on():
+    run_step(sys.executable, "-c", "raise SystemExit(0)")
+    with pytest.raises(SystemExit) as stop:
+        run_step(sys.executable, "-c", "raise SystemExit(7)")
+    assert stop.value.code == 7
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent to a process group")
+def test_ctrl_c_waits_for_the_step_to_save(tmp_path):
+    saves = (
+        "import signal, sys, time, pathlib; signal.signal(signal.SIGINT, lambda *a: (time.sleep(1), "
+        f"pathlib.Path({str(tmp_path / 'saved')!r}).touch(), sys.exit(130))); print('up', flush=True); time.sleep(30)"
+    )
+    outer = "import sys; sys.path.insert(0, 'scripts'); import setup_env; "
+    outer += f"setup_env.run_step(sys.executable, '-c', {saves!r})"
+    process = subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline().strip() == b"up"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) == 130 and (tmp_path / "saved").exists()
+    process.stdout.close()
 
 
 def test_a_python_without_venv_is_told_what_to_install(monkeypatch, tmp_path):
@@ -97,7 +145,13 @@ def test_both_readmes_show_the_same_commands_and_figures():
     assert numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize("script", ["trainer/train_pretrain.py", "trainer/train_full_sft.py", "scripts/bench_train.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "trainer/train_pretrain.py", "trainer/train_full_sft.py", "scripts/bench_train.py", "scripts/bench_data.py",
+        "scripts/train_tokenizer.py", "dataset/check_data.py", "dataset/make_demo_data.py", "eval_model.py",
+    ],
+)  # fmt: skip
 def test_help_works_from_another_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -111,7 +165,7 @@ def test_no_flag_is_dead():
     for path in (ROOT / "trainer").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
+                read |= {node.attr} if ast.unparse(node.value) in ("args", "self.args") else set()
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 (flags if node.value.startswith("--") else read).add(node.value.removeprefix("--"))
     flags = {flag for flag in flags if re.fullmatch("[a-z_]+", flag)}

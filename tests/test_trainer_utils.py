@@ -244,8 +244,9 @@ def test_help(script, monkeypatch, capsys):
 
 def plan(rows: int, world: int = 1, **given) -> argparse.Namespace:
     args = argparse.Namespace(
-        batch_size=32, accumulation_steps=None, epochs=1, max_steps=None, warmup_iters=None, data_path="d.jsonl"
-    )
+        batch_size=32, accumulation_steps=None, epochs=1, max_steps=None, warmup_iters=None, data_path="d.jsonl",
+        max_seq_len=512,
+    )  # fmt: skip
     vars(args).update(given)
     utils.plan_updates(args, rows, one_process(world_size=world))
     return args
@@ -674,7 +675,7 @@ def test_resumed_flags_are_those_of_the_run_unless_given_again(tmp_path):
     facts = {"args": first.given, "config": {"hidden_size": 64}}
     checkpoint.save_state(tmp_path / "runs" / "pretrain_64_moe", state(1), facts, 1)
     again = parse("--resume", "--batch_size", "9")
-    assert (again.hidden_size, again.use_moe, again.data_path) == (64, True, "a.jsonl")
+    assert (again.hidden_size, again.use_moe, again.data_path) == (64, True, str(Path("a.jsonl").resolve()))
     assert again.batch_size == 9 and again.device is None and again.resume is True
     assert again.out_dir == str(tmp_path) and again.saved_config == {"hidden_size": 64}
 

@@ -1027,6 +1027,42 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True, capture_output=True)
 
 
+def test_a_read_only_output_folder_is_one_line_at_once(flags, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, capture_output=True)
+    message = one_error(train(train_pretrain, flags(out_dir=small_disk)))
+    assert "--out_dir" in message and "name a folder you may write to" in message
+
+
+def test_a_finished_run_has_its_weights(flags, tmp_path, monkeypatch):
+    """The disk is full at the last save: the state must not say "finished" while older weights stand there."""
+    save, saves = checkpoint.save_weights, []
+
+    def fails_at_the_end(model, path, about):
+        saves.append(about["step"])
+        if about["step"] == 4:
+            raise OSError(28, "No space left on device", str(path))
+        save(model, path, about)
+
+    monkeypatch.setattr(checkpoint, "save_weights", fails_at_the_end)
+    message = one_error(train(train_pretrain, flags(max_steps=4, save_interval=2, val_interval=0)))
+    assert "No space left" in message and "--resume" in message and saves == [2, 4]
+    monkeypatch.setattr(checkpoint, "save_weights", save)
+    assert "resumed at update 2" in resume(tmp_path).out
+    state, weights = final_state(tmp_path)[0], torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, state["model"][name].half()), name
+
+
+def test_resume_from_another_folder_finds_the_data(flags, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files.pretrain.parent)
+    assert train(train_pretrain, flags(data_path=files.pretrain.name, max_steps=4, save_interval=2)).status == 0
+    for path in (tmp_path / "runs").rglob("step_00000004.*"):
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    result = resume(tmp_path)
+    assert result.status == 0 and "resumed at update 2" in result.out, result.err
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_older_state(files, small_disk, reference, tmp_path):
     result = train(train_pretrain, reference_flags(files, small_disk))
     message = one_error(result)

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,12 +134,19 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
         kept = {name: value for name, value in newest[1]["args"].items() if name not in ("resume", "out_dir", "device")}
         parser.set_defaults(**kept)
         args = parser.parse_args(argv)
+    for name in ("data_path", "cache_dir", "from_weight"):  # whole paths: the run may be resumed from another folder
+        value = getattr(args, name, None)
+        if value and (name != "from_weight" or Path(value).is_file()):
+            setattr(args, name, str(Path(value).resolve()))
     args.given = dict(vars(args))
     args.saved_config = newest[1]["config"] if args.resume else None
-    try:
+    try:  # now, and not after an hour of tokenising
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out_dir).close()
     except OSError as error:
-        raise OSError(f"--out_dir {args.out_dir} cannot be made ({error}); name a folder you may write to.") from error
+        raise OSError(
+            f"--out_dir {args.out_dir} cannot be written ({error.strerror}); name a folder you may write to."
+        ) from error
     return args
 
 
@@ -157,7 +165,7 @@ def start_folder(folder: Path, weights: Path) -> None:
 
     One run is kept there. One that was stopped before it saved is dropped: it must not push out a run that is worth it.
     """
-    if any(folder.glob("step_*.pt")):
+    if any(folder.glob("step_*.json")):  # written last: a state is whole
         previous = folder.with_name(folder.name + ".previous")
         if previous.exists():
             shutil.rmtree(previous)
@@ -294,9 +302,10 @@ class Keeper:
             "wandb_id": self.wandb_id,
         }
         try:
-            save_state(self.folder, state, facts, self.progress.step)
+            # Weights first: once a state says that the run is finished, its weights are there.
             about = {"stage": self.stage, "step": self.progress.step, "tokenizer": self.args.tokenizer}
             save_weights(self.model, self.weights, about)
+            save_state(self.folder, state, facts, self.progress.step)
         except RuntimeError as error:  # torch reports a full disk from its archive writer
             message = f"could not save to {self.folder} ({error}). Is the disk full? Older states are whole."
             raise OSError(message) from error

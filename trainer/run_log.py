@@ -187,8 +187,11 @@ class RunLog:
     def close(self) -> None:
         """Closes the bar and wandb, and draws the loss curve."""
         self.bar.close()
-        if self.run.is_main and (picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}")):
-            print(f"loss curve: {picture}")
+        try:
+            if self.run.is_main and (picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}")):
+                print(f"loss curve: {picture}")
+        except OSError as error:  # the weights are saved: a picture less is no failed run
+            print(f"warning: no loss curve ({error})", file=sys.stderr)
         if self.wandb:
             self.wandb.finish()
 

@@ -8,9 +8,11 @@ Dimension legend: B batch · T tokens · V vocabulary.
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -47,11 +49,16 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         leave(130)
+    except BrokenPipeError:  # the reader of our output went away (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
     except (ValueError, OSError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         hint = "" if type(error) is not ValueError else " [set MINIMIND_TRACEBACK=1 to see where]"
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            hint = ". Free some space or name another --out_dir; a run that saved a state goes on with --resume"
         print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
         leave(2)
     except torch.OutOfMemoryError:
@@ -342,7 +349,10 @@ def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
     Raises: UserError when the data gives no row.
     """
     if rows == 0:
-        raise UserError(f"{args.data_path}: nothing to train on; check it with `python dataset/check_data.py`.")
+        raise UserError(
+            f"{args.data_path}: nothing to train on. Every record is longer than --max_seq_len {args.max_seq_len} "
+            f"before its first answer, or held out; see `python dataset/check_data.py {shlex.quote(args.data_path)}`."
+        )
     micro_rows = args.batch_size * run.world_size
     if args.accumulation_steps is None:
         args.accumulation_steps = min(8, max(1, args.epochs * rows // (micro_rows * 1000)))
