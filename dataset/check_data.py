@@ -23,6 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset import json_lines, record_formats
 from dataset import lm_dataset as lm
 from dataset import token_cache as tc
 
@@ -66,23 +67,23 @@ class Report:
 
 
 def _prepare_reason(record: dict, tokenizer: Any) -> Any:
-    return lm.render_conversation(*lm.parse_reason(record), tokenizer)
+    return lm.render_conversation(*record_formats.parse_reason(record), tokenizer)
 
 
 def _prepare_dpo(record: dict, tokenizer: Any) -> list:
-    chosen, rejected, tools = lm.parse_dpo(record)
+    chosen, rejected, tools = record_formats.parse_dpo(record)
     rendered = [lm.render_conversation(messages, tools, tokenizer) for messages in (chosen, rejected)]
     return [(text, spans[-1:], mark) for text, spans, mark in rendered]  # the last answers are what is compared
 
 
 def _prepare_rl(record: dict, tokenizer: Any) -> list:
-    messages, tools, _ = lm.parse_rl(record)
+    messages, tools, _ = record_formats.parse_rl(record)
     text, _, mark = lm.render_conversation(messages, tools, tokenizer)
     return [(text, [], mark)]  # nothing of the file is trained on: the model writes the answers itself
 
 
 def _prepare_choice(record: dict, tokenizer: Any) -> list:
-    r = lm.parse_choice(record)
+    r = record_formats.parse_choice(record)
     text = r["question"] + "".join(f"\n{k}. {r[k]}" for k in "ABCD") + f"\n{r['answer']}"
     return [(text, [], "")]
 
@@ -112,9 +113,9 @@ def guess_stage(path: Path) -> str:
         DataError: no line tells.
     """
     seen = "no line holds a whole JSON object; expected one record per line, not spread over several"
-    for _, raw in tc.read_lines(path):
+    for _, raw in json_lines.read_lines(path):
         try:
-            record = tc.parse_line(raw)
+            record = json_lines.parse_line(raw)
         except ValueError:
             continue
         if "text" in record:
@@ -128,14 +129,14 @@ def guess_stage(path: Path) -> str:
             last = turns[-1].get("content")
             if "answer" in record or last == "" or turns[-1].get("role") == "user":
                 return "rl"
-            return "reason" if isinstance(last, str) and lm.REASONED.fullmatch(last.strip()) else "sft"
+            return "reason" if isinstance(last, str) and record_formats.REASONED.fullmatch(last.strip()) else "sft"
         if "conversations" in record:
             return "sft"
         keys = ", ".join(record) or "none"
         choices = ",".join(STAGES)
         seen = f"the keys of the first record are {keys}, no stage's format; name it with --stage {{{choices}}}"
         break
-    raise tc.DataError(f"{path}: {seen}")
+    raise json_lines.DataError(f"{path}: {seen}")
 
 
 # ---- the checks ----------------------------------------------------------------------------------
@@ -190,9 +191,9 @@ def language_share(path: Path) -> dict[str, tuple[int, int]]:
     """{language: (records, characters)}. A record counts as Chinese when its Han characters outnumber its Latin words,
     taken as five letters each; as other when neither script makes up half of its letters (Russian …, digits only)."""
     records, chars = Counter(), Counter()
-    for _, raw in tc.read_lines(path):
+    for _, raw in json_lines.read_lines(path):
         try:
-            text = "\n".join(_strings(tc.parse_line(raw)))
+            text = "\n".join(_strings(json_lines.parse_line(raw)))
         except ValueError:
             continue
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -224,11 +225,11 @@ def _strings(value: Any, key: str = "") -> Iterator[str]:
 def preview_sequences(path: Path, stage: str, tokenizer: Any, n: int) -> Iterator[tuple[int, list[Sequence]]]:
     """The first n good records: (line number, token sequences with what is trained on)."""
     fmt = FORMATS[stage]
-    for number, raw in tc.read_lines(path):
+    for number, raw in json_lines.read_lines(path):
         if n <= 0:
             return
         try:
-            item = fmt.prepare(tc.parse_line(raw), tokenizer)
+            item = fmt.prepare(json_lines.parse_line(raw), tokenizer)
         except ValueError:
             continue
         n -= 1
@@ -398,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     from model.weights import WeightsError, load_tokenizer
 
     try:
-        path = tc.check_file(args.file)
+        path = json_lines.check_file(args.file)
         stage = args.stage or guess_stage(path)
         tokenizer = load_tokenizer(args.tokenizer)
         if stage in ("pretrain", "sft"):
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (tc.DataError, WeightsError, OSError) as e:
+    except (json_lines.DataError, WeightsError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset import json_lines, record_formats
 from dataset import lm_dataset as lm
 from dataset import token_cache as tc
 from dataset.lm_dataset import (
@@ -298,12 +299,12 @@ BAD_CONVERSATIONS = [
 @pytest.mark.parametrize(("record", "reason"), BAD_CONVERSATIONS)
 def test_bad_conversations_say_why(record, reason):
     with pytest.raises(ValueError, match=reason) as e:
-        lm.parse_sft(record)
+        record_formats.parse_sft(record)
     assert "\n" not in str(e.value)
 
 
 def test_other_formats():
-    chosen, rejected, _ = lm.parse_dpo({"chosen": GOOD, "rejected": [user("a"), assistant("c")]})
+    chosen, rejected, _ = record_formats.parse_dpo({"chosen": GOOD, "rejected": [user("a"), assistant("c")]})
     assert chosen[-1]["content"] == "b" and rejected[-1]["content"] == "c"
     for record, reason in [
         ({"chosen": GOOD}, '"rejected" is missing'),
@@ -312,18 +313,19 @@ def test_other_formats():
         ({"chosen": GOOD, "rejected": [user("a")]}, "ends with"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            lm.parse_dpo(record)
-    assert lm.parse_rl({"conversations": [user("a"), assistant("")], "answer": 4})[2] == "4"
-    assert [m["role"] for m in lm.parse_rl({"conversations": GOOD})[0]] == ["user"]
+            record_formats.parse_dpo(record)
+    assert record_formats.parse_rl({"conversations": [user("a"), assistant("")], "answer": 4})[2] == "4"
+    assert [m["role"] for m in record_formats.parse_rl({"conversations": GOOD})[0]] == ["user"]
     with pytest.raises(ValueError, match="nothing to answer"):
-        lm.parse_rl({"conversations": [assistant("b")]})
+        record_formats.parse_rl({"conversations": [assistant("b")]})
     question = {"question": "q", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
-    assert lm.parse_choice(question)["answer"] == "B"
+    assert record_formats.parse_choice(question)["answer"] == "B"
     with pytest.raises(ValueError, match="expected A, B, C or D"):
-        lm.parse_choice({**question, "answer": "E"})
+        record_formats.parse_choice({**question, "answer": "E"})
     with pytest.raises(ValueError, match="expected the form"):
-        lm.parse_reason({"conversations": GOOD})
-    lm.parse_reason({"conversations": [user("a"), assistant("<think>\nb\n</think>\n<answer>\nc\n</answer>")]})
+        record_formats.parse_reason({"conversations": GOOD})
+    answer = assistant("<think>\nb\n</think>\n<answer>\nc\n</answer>")
+    record_formats.parse_reason({"conversations": [user("a"), answer]})
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -603,11 +605,12 @@ def test_shards_cover_the_file_and_know_their_lines(lines, n, block, tmp_path_fa
     path = tmp_path_factory.getbasetemp() / "shards.jsonl"
     path.write_bytes("\n".join(lines).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tc, "SCAN_BYTES", block)
-        digest, shards = tc.scan_jsonl(path, n)
+        patch.setattr(json_lines, "SCAN_BYTES", block)
+        digest, shards = json_lines.scan_jsonl(path, n)
     whole = path.read_bytes()
     expected = [(i, raw.strip()) for i, raw in enumerate(whole.split(b"\n"), 1) if raw.strip()]
-    assert [pair for s in shards for pair in tc.read_lines(path, s)] == expected == list(tc.read_lines(path))
+    by_shard = [pair for s in shards for pair in json_lines.read_lines(path, s)]
+    assert by_shard == expected == list(json_lines.read_lines(path))
     assert len(shards) <= n and sum(s.end - s.start for s in shards) == len(whole)
 
 

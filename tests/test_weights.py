@@ -427,7 +427,8 @@ def test_find_weights_says_what_to_run(tmp_path):
     with pytest.raises(WeightsError, match=r"no weights in .*train_pretrain\.py.*quick_start\.py"):
         find_weights(tmp_path / "never made")
     put(tmp_path, "pretrain_512.pth", 1)
-    with pytest.raises(WeightsError, match=r"no full_sft weights of hidden_size 768 with experts in .*holds pretrain_512.*train_full_sft\.py"):
+    missing = r"no full_sft weights of hidden_size 768 with experts in .*holds pretrain_512.*train_full_sft\.py"
+    with pytest.raises(WeightsError, match=missing):
         find_weights(tmp_path, "full_sft", 768, True)
 
 
