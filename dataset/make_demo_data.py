@@ -7,7 +7,7 @@ exactly those, so a model answers them by what it learned of the parts, not from
 same bytes for the same seed.
 
     python dataset/make_demo_data.py                        # writes dataset/demo/demo_*.jsonl
-    python dataset/make_demo_data.py --out_dir /tmp/demo --seed 1
+    python dataset/make_demo_data.py --out_dir my_demo --seed 1
 
 Scoring, one rule: `is_right(reply, record)` is true when reply and answer are equal after `normalise` (NFKC, lower
 case, blanks and punctuation at both ends removed). A reply with an <answer> block is judged by that block.
