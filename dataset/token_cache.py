@@ -494,7 +494,7 @@ def _tokenise(
         files = [f["filename"] for f in arrow.cache_files]
         del arrow  # its map would keep the file from being removed on Windows
         gc.collect()
-    except Exception:
+    except Exception:  # datasets wraps a worker's error in its own types; what was wrong with the data lies in files
         errors = [json.loads(p.read_text(encoding="utf-8")) for p in tmp.glob("error-*.json")]
         if errors:
             first = min(errors, key=lambda e: e["line"])

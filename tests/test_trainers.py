@@ -575,10 +575,10 @@ def test_a_cut_run_goes_on_bit_for_bit(where, files, reference, tmp_path, monkey
     assert_same_run(tmp_path, reference.out_dir)
 
 
-@pytest.mark.parametrize("moment", ["in the state", "between state and its sum", "between state and weights"])
+@pytest.mark.parametrize("moment", ["in the state", "between state and its sum", "between weights and state"])
 def test_a_cut_while_saving_leaves_a_whole_state(moment, files, reference, tmp_path, monkeypatch):
     """The second save, at update 10, is cut; a killed process does not remove its half file either."""
-    real = {"save": torch.save, "unlink": Path.unlink, "sum": checkpoint.sha256_of, "weights": checkpoint.save_weights}
+    real = {"save": torch.save, "unlink": Path.unlink, "sum": checkpoint.sha256_of, "state": checkpoint.save_state}
 
     def half_a_save(state, f, *args):
         if "step_00000010" in str(f.name):
@@ -595,21 +595,19 @@ def test_a_cut_while_saving_leaves_a_whole_state(moment, files, reference, tmp_p
         elif moment == "between state and its sum":
             patch.setattr(checkpoint, "sha256_of", lambda path: cut() if "10.pt" in path.name else real["sum"](path))
         else:
-            save = real["weights"]
             patch.setattr(
-                checkpoint, "save_weights", lambda m, p, about: cut() if about["step"] == 10 else save(m, p, about)
+                checkpoint, "save_state", lambda *args: cut() if args[3] == 10 else real["state"](*args)
             )
         with pytest.raises(PowerCut):
             train(train_pretrain, reference_flags(files, tmp_path))
     if moment == "in the state":
         (tmp_path / "pretrain_32.pth.99999.part").write_bytes(b"half of the weights")
         assert len(list(tmp_path.rglob("*.part"))) == 2
-    load_model(tmp_path / "pretrain_32.pth")  # the weights of update 5
-    whole = final_state(tmp_path)[1]["progress"]["step"]
-    assert whole == (10 if moment == "between state and weights" else 5)
+    load_model(tmp_path / "pretrain_32.pth")  # the weights of update 5 or 10, whole
+    assert final_state(tmp_path)[1]["progress"]["step"] == 5
     result = resume(tmp_path)
     assert result.status == 0, result.err
-    assert f"resumed at update {whole}," in result.out
+    assert "resumed at update 5," in result.out
     assert list(tmp_path.rglob("*.part")) == []
     assert ("warning" in result.err) == (moment == "between state and its sum")
     assert_same_run(tmp_path, reference.out_dir)
@@ -974,7 +972,7 @@ def test_bad_records_are_left_out_on_request(flags, tmp_path):
     [
         ("full_sft", {"from_weight": "nowhere/x.pth"}, "x.pth does not exist"),
         ("full_sft", {"from_weight": "rlhf"}, "no rlhf weights"),
-        ("full_sft", {"hidden_size": 64}, "no pretrain 64 weights"),
+        ("full_sft", {"hidden_size": 64}, "no pretrain weights of hidden_size 64"),
         ("full_sft", {"from_weight": "FILE", "hidden_size": 64}, "hidden_size 32, but 64 was asked for"),
         ("full_sft", {"num_hidden_layers": 3}, "num_hidden_layers 1, but 3 was asked for"),
         ("full_sft", {"from_weight": "CUT"}, "cut off"),
