@@ -753,12 +753,13 @@ def test_a_run_on_a_card_names_the_card(given, rank, world, index, monkeypatch):
 
 
 def test_where_compiling_pays(monkeypatch):
-    cpu, card = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:0"))
+    cpu, card = (SimpleNamespace(device=torch.device(name), dtype=torch.bfloat16) for name in ("cpu", "cuda:0"))
     monkeypatch.setattr(utils.sys, "platform", "linux")
     monkeypatch.setattr(utils.shutil, "which", lambda name: name)
     monkeypatch.setattr(utils.Path, "is_file", lambda path: path.name == "Python.h")
     assert utils.compile_pays(cpu, 1_000_000, False)
     assert not utils.compile_pays(cpu, 999_999, False) and not utils.compile_pays(cpu, 10**9, True)
+    assert not utils.compile_pays(SimpleNamespace(device=cpu.device, dtype=torch.float32), 10**9, False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert utils.compile_pays(card, 1, False) and not utils.compile_pays(card, 10**9, True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
