@@ -17,16 +17,19 @@ SIZE = ["--hidden_size", "192", "--num_hidden_layers", "4"]
 # Short rows, as the demo texts are short, and small updates: many of them teach more than few large ones.
 SHARED = ["--max_seq_len", "128", "--batch_size", "8", "--accumulation_steps", "1", "--learning_rate", "2e-3"]
 QUIET = ["--log_interval", "100", "--save_interval", "500", "--val_interval", "0"]
-PROMPTS = ["What is 23 + 45?", "星期三的后一天是星期几？", "What is your name?"]
+CHAT = (
+    "Hello!", "My name is Tom. I live in Rome.", "Where do I live?", "What is 23 + 45?", "星期三的后一天是星期几？",
+    "把3、12、7按从小到大的顺序排好。", "你叫什么名字？",
+)  # fmt: skip
 
 
 def main() -> None:
     python = ensure_environment("requirements.txt")
     started = time.perf_counter()
 
-    def step(title: str, *arguments: str) -> None:
+    def step(title: str, *arguments: str, typed: str | None = None) -> None:
         print(f"\n── {title} ({time.perf_counter() - started:.0f} s so far)", flush=True)
-        run_step(python, *arguments)
+        run_step(python, *arguments, typed=typed)
 
     demo = ROOT / "dataset" / "demo"
     step("demo data", "dataset/make_demo_data.py")
@@ -36,8 +39,8 @@ def main() -> None:
     step("fine-tuning", "trainer/train_full_sft.py", *SHARED, *QUIET, *data, "--epochs", "2")
     weights = str(ROOT / "out" / "full_sft_192.pth")
     step("test questions", "eval_model.py", "--weights", weights, "--questions", str(demo / "demo_test.jsonl"))
-    for prompt in PROMPTS:
-        step("example chat", "eval_model.py", "--weights", weights, "--prompt", prompt, "--temperature", "0")
+    chat = ["--weights", weights, "--mode", "manual", "--temperature", "0"]
+    step("example chat", "eval_model.py", *chat, typed="\n".join(CHAT) + "\n")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Chat with your model: {python} eval_model.py", flush=True)
 
 

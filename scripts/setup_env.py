@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # an older Python is to get as far as the message that it is too old
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -81,13 +82,18 @@ def ensure_environment(requirements: str) -> Path:
     return python
 
 
-def run_step(python: Path, *arguments: str) -> None:
+def run_step(python: Path, *arguments: str, typed: str | None = None) -> None:
     """Runs one script of the repository in its own process; its failure ends this one with the same status.
 
-    Ctrl-C reaches that process too. It saves and leaves in its own time, and is waited for.
+    `typed` is what it reads as if somebody typed it. Ctrl-C reaches that process too: it saves and leaves in its own
+    time, and is waited for.
     """
     environment = {**os.environ, "PYTHONUTF8": "1"}
-    process = subprocess.Popen([str(python), *arguments], cwd=ROOT, env=environment)
+    stdin = None if typed is None else subprocess.PIPE
+    process = subprocess.Popen([str(python), *arguments], cwd=ROOT, env=environment, stdin=stdin, encoding="utf-8")
+    if typed is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have ended already, with a status that tells
+            process.stdin.write(typed)
     status = None
     while status is None:
         try:

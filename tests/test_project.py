@@ -93,6 +93,12 @@ def test_a_step_passes_its_status_on():
     assert stop.value.code == 7
 
 
+def test_a_step_reads_what_is_typed(capfd):
+    run_step(sys.executable, "-c", "print(input() + '|' + input())", typed="你好\nworld\n")
+    assert "你好|world" in capfd.readouterr().out
+    run_step(sys.executable, "-c", "pass", typed="x" * 10**6)  # nobody reads it
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent to a process group")
 def test_ctrl_c_waits_for_the_step_to_save(tmp_path):
     saves = (
