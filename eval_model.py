@@ -21,7 +21,6 @@ import json
 import math
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ from model.weights import (  # noqa: E402
     find_weights,
     load_model,
     load_tokenizer,
-    tokenizer_of,
+    read_about,
     weight_path,
 )
 from scripts.score_questions import run_questions  # noqa: E402
@@ -58,7 +57,8 @@ from scripts.terminal import (  # noqa: E402
     split_thinking,
     text_ids,
 )
-from trainer.trainer_utils import DTYPES, BoolFlag, UserError, best_device, run_script  # noqa: E402
+from trainer.command_line import BoolFlag, UserError, check_writable, run_script  # noqa: E402
+from trainer.trainer_utils import DTYPES, find_device  # noqa: E402
 
 MODE_STAGES = ("pretrain", "full_sft", "rlhf", "reason", "grpo")  # --model_mode N
 CHAT_PROMPTS = (
@@ -397,23 +397,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device named, or the best there is. Raises: UserError when it is not there."""
-    name = name or best_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is unknown: expected cpu, cuda, cuda:1 or mps.") from error
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(device.type, False):
-        raise UserError(f"--device {name}: torch sees no such device here. Leave --device out, or give cpu.")
-    return device
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
@@ -427,14 +410,8 @@ def stage_of(path: Path) -> str | None:
     for stage in STAGES:
         if path.name.startswith(f"{stage}_") and path.suffix == ".pth":
             return stage
-    sidecar = path.with_suffix(".json")
-    if path.is_file() and sidecar.is_file():
-        try:
-            stage = json.loads(sidecar.read_text(encoding="utf-8")).get("stage")
-        except (ValueError, AttributeError) as error:
-            raise WeightsError(f"{sidecar} is damaged ({error}): delete it, and give --model_mode.") from error
-        return stage if stage in STAGES else None
-    return None
+    stage = read_about(path).get("stage")
+    return stage if stage in STAGES else None
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
@@ -457,7 +434,7 @@ def load_all(
     sizes = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
     model = load_model(path, device, pick_dtype(args.dtype, device), **sizes)
     ours = model.config.model_type == "minimind"
-    folder = args.tokenizer or tokenizer_of(path)
+    folder = args.tokenizer or read_about(path).get("tokenizer")
     if folder is None and path.is_dir() and (not ours or (path / "tokenizer.json").is_file()):
         folder = path  # a foreign model needs its own; ours may rely on the shipped one
     tokenizer = load_tokenizer(folder)
@@ -494,13 +471,9 @@ def run(args: argparse.Namespace) -> int:
     if args.questions and not args.questions.is_file():  # before minutes of loading
         raise UserError(f"{args.questions} does not exist; `python dataset/make_demo_data.py` writes test questions.")
     if args.json:
-        try:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.json.parent).close()
-        except OSError as error:
-            raise UserError(f"--json {args.json} cannot be written ({error.strerror}); name another file.") from error
+        check_writable(args.json.parent, "--json")
     path, stage = find_model(args)
-    device = pick_device(args.device)
+    device = find_device(args.device)
     continues_text = stage == "pretrain"
     if continues_text and args.system:
         raise UserError("--system needs a model that chats; these are pretrained weights, which continue text.")

@@ -391,33 +391,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to something else
-    from model.weights import WeightsError, load_tokenizer
+def check(args: argparse.Namespace) -> int:
+    """Prints report and preview. Returns the exit status: 0, or 1 when records are bad or none can be trained on.
 
-    try:
-        path = json_lines.check_file(args.file)
-        stage = args.stage or guess_stage(path)
-        tokenizer = load_tokenizer(args.tokenizer)
-        if stage in ("pretrain", "sft"):
-            report = check_packed(path, stage, tokenizer, args.max_seq_len, args.cache_dir, True)
-        else:
-            report = check_streamed(path, stage, tokenizer, args.max_seq_len, True)
-        print("\n".join(show_report(report, path, stage, args, language_share(path))))
-        show_preview(path, stage, tokenizer, args)
-    except BrokenPipeError:  # the reader of our output went away (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (json_lines.DataError, WeightsError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    Raises: DataError, WeightsError, OSError when nothing can be checked.
+    """
+    from model.weights import load_tokenizer
+
+    path = json_lines.check_file(args.file)
+    stage = args.stage or guess_stage(path)
+    tokenizer = load_tokenizer(args.tokenizer)
+    if stage in ("pretrain", "sft"):
+        report = check_packed(path, stage, tokenizer, args.max_seq_len, args.cache_dir, True)
+    else:
+        report = check_streamed(path, stage, tokenizer, args.max_seq_len, True)
+    print("\n".join(show_report(report, path, stage, args, language_share(path))))
+    show_preview(path, stage, tokenizer, args)
     return 1 if report.n_bad or (report.rows and not report.rows["rows"]) else 0
 
 
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from trainer.command_line import run_script  # after the flags: --help need not wait for torch
+
+    run_script(lambda: sys.exit(check(args)))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -99,16 +99,28 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def read_about(path: Path) -> dict:
+    """What the JSON beside a weight file says: config, stage, tokenizer …; empty where there is none (or for a folder).
+
+    Raises: WeightsError when it is damaged.
+    """
+    sidecar = path.with_suffix(".json")
+    if path.suffix != ".pth" or not sidecar.is_file():
+        return {}
+    try:
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+        MiniMindConfig(**about["config"])
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise WeightsError(
+            f"{sidecar} is damaged ({error}). Delete it to read the sizes off the weights instead."
+        ) from error
+    return about
+
+
 def read_config(path: Path, state: dict[str, torch.Tensor]) -> MiniMindConfig:
     """The configuration from the JSON beside the weights, else from the tensor shapes (8 query heads assumed)."""
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file():
-        try:
-            return MiniMindConfig(**json.loads(sidecar.read_text(encoding="utf-8"))["config"])
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise WeightsError(
-                f"{sidecar} is damaged ({error}). Delete it to read the sizes off the weights instead."
-            ) from error
+    if about := read_about(path):
+        return MiniMindConfig(**about["config"])
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
         heads = MiniMindConfig().num_attention_heads
@@ -220,17 +232,6 @@ def find_weights(
             f"{'' if there else ', or everything at once with `python scripts/quick_start.py`'}."
         )
     return max(found)[2]
-
-
-def tokenizer_of(path: Path) -> str | None:
-    """The tokenizer folder that weights were trained with, None for the shipped one (or a transformers folder)."""
-    sidecar = path.with_suffix(".json")
-    if path.suffix != ".pth" or not sidecar.is_file():
-        return None
-    try:
-        return json.loads(sidecar.read_text(encoding="utf-8")).get("tokenizer")
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{sidecar} is damaged ({error}). Delete it (and name your own --tokenizer).") from error
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:

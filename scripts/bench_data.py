@@ -28,20 +28,9 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from model.weights import atomic_open, load_tokenizer
 from scripts.bench_train import machine
 from trainer import run_log
-from trainer import trainer_utils as utils
+from trainer.command_line import UserError, number, run_script
 
 DATASETS = {"pretrain": PretrainDataset, "sft": SFTDataset}
-MIB = 2**20
-
-
-def largest_helper_mib() -> float | None:
-    """Peak memory of the largest process that this one started and has waited for; None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / MIB
 
 
 def measure(path: Path, stage: str, max_seq_len: int, cache_dir: Path) -> dict:
@@ -54,13 +43,13 @@ def measure(path: Path, stage: str, max_seq_len: int, cache_dir: Path) -> dict:
     data = DATASETS[stage](path, tokenizer, max_seq_len, cache_dir=cache_dir, show_progress=True)
     seconds, cpu_seconds = time.perf_counter() - started, sum(os.times()[:4]) - used
     if len(data) == 0:
-        raise utils.UserError(f"{path}: nothing to train on; check it with `python dataset/check_data.py`.")
+        raise UserError(f"{path}: nothing to train on; check it with `python dataset/check_data.py`.")
 
     started, real = time.perf_counter(), 0
     for row in np.random.default_rng(0).permutation(len(data)):
         real += int((data[int(row)]["documents"] >= 0).sum())
     read_seconds = time.perf_counter() - started
-    after = run_log.peak_memory_gib(cpu)
+    after, helper = run_log.peak_memory_gib(cpu), run_log.process_memory_gib(children=True)
     megabytes = path.stat().st_size / 1e6
     return {
         "file": path.name,
@@ -74,7 +63,7 @@ def measure(path: Path, stage: str, max_seq_len: int, cache_dir: Path) -> dict:
         "tokenise_mb_per_cpu_second": megabytes / cpu_seconds,
         "read_tokens_per_second": real / read_seconds,
         "main_growth_mib": (after - before) * 1024 if before is not None else None,
-        "largest_helper_mib": largest_helper_mib(),
+        "largest_helper_mib": helper * 1024 if helper is not None else None,
     }
 
 
@@ -95,12 +84,12 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path, help="JSON Lines file")
     parser.add_argument("--stage", choices=DATASETS, required=True, help="format of the file")
-    parser.add_argument("--max_seq_len", type=utils.number(int, 2), default=512, help="tokens per row")
-    parser.add_argument("--repeat_to_mb", type=utils.number(int, 1), help="measure a file of this many megabytes")
+    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="tokens per row")
+    parser.add_argument("--repeat_to_mb", type=number(int, 1), help="measure a file of this many megabytes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     if not args.file.is_file() or not args.file.stat().st_size:
-        raise utils.UserError(f"{args.file}: no such file, or an empty one; give a JSON Lines file.")
+        raise UserError(f"{args.file}: no such file, or an empty one; give a JSON Lines file.")
     with tempfile.TemporaryDirectory(prefix="bench_data_") as folder:
         path = repeat(args.file, args.repeat_to_mb, Path(folder) / "big.jsonl") if args.repeat_to_mb else args.file
         row = measure(path, args.stage, args.max_seq_len, Path(folder) / "cache")
@@ -112,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

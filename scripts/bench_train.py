@@ -26,6 +26,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import atomic_open
 from trainer import run_log
 from trainer import trainer_utils as utils
+from trainer.command_line import UserError, run_script
 from trainer.optimizer import OPTIMIZERS, make_optimizer
 from trainer.train_pretrain import token_nll
 
@@ -159,7 +160,7 @@ def main() -> None:
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     if not rows:
-        raise utils.UserError("no setting could be measured; see the lines above")
+        raise UserError("no setting could be measured; see the lines above")
     print("\n" + table(rows))
     if args.json:
         with atomic_open(Path(args.json), "w") as f:
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

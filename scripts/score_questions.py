@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dataset.make_demo_data import is_right
 from model.generation import stop_ids
 from scripts.terminal import chat_ids, decode, split_thinking
-from trainer.trainer_utils import UserError
+from trainer.command_line import UserError
 
 
 def read_questions(path: Path) -> list[dict]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import encode_prompt
 from dataset.token_cache import has_markers
-from trainer.trainer_utils import UserError
+from trainer.command_line import UserError
 
 
 def line_reader(commands: Sequence[str]) -> Callable[[], str]:

@@ -712,18 +712,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a Windows console would otherwise fail on Chinese text
-            stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
-    try:
-        run(args)
-    except (TokenizerError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    from trainer.command_line import run_script  # after the flags: --help need not wait for torch
+
+    run_script(lambda: run(args))
 
 
 if __name__ == "__main__":

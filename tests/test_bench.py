@@ -8,7 +8,7 @@ from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
 from scripts import bench_data, bench_train
-from trainer.trainer_utils import UserError
+from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
 

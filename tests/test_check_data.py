@@ -35,9 +35,10 @@ def chat(question, answer):
 def check(tmp_path, capsys):
     def run(records, *flags):
         path = write(tmp_path / "a.jsonl", records)
-        rc = check_data.main([str(path), "--cache_dir", str(tmp_path / "cache"), *flags])
+        with pytest.raises(SystemExit) as stop:
+            check_data.main([str(path), "--cache_dir", str(tmp_path / "cache"), *flags])
         captured = capsys.readouterr()
-        return rc, captured.out, captured.err
+        return stop.value.code, captured.out, captured.err
 
     return run
 
@@ -163,7 +164,9 @@ def test_pretraining_documents_are_split_not_cut(check):
 def test_unusable_files_exit_with_2_and_one_line(content, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    assert check_data.main([str(path), "--cache_dir", str(tmp_path / "cache")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        check_data.main([str(path), "--cache_dir", str(tmp_path / "cache")])
+    assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
 

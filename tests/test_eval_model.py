@@ -25,7 +25,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_tokenizer, save_weights
 from scripts.score_questions import greedy_replies, read_questions, run_questions, wilson
 from scripts.terminal import Painter, TextStream, chat_ids, decode, line_reader, split_thinking
-from trainer.trainer_utils import UserError, run_script
+from trainer.command_line import UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 EOS = 2
@@ -516,7 +516,7 @@ ERRORS = {
     "size not there": (["--hidden_size", "512"], "no weights of hidden_size 512"),
     "another depth": (["--num_hidden_layers", "9"], "has num_hidden_layers 2"),
     "no tokenizer": (["--tokenizer", "{tmp}/empty"], "holds no tokenizer.json"),
-    "another device": (["--device", "abacus"], "expected cpu, cuda"),
+    "another device": (["--device", "abacus"], "torch sees no such device here; use --device cpu"),
     "impossible value": (["--temperature", "-1"], "temperature -1.0 is impossible"),
     "odd history": (["--history_cnt", "3"], "an even number"),
     "too long": (["--max_seq_len", "100000"], "the model has 512 positions"),

@@ -26,7 +26,8 @@ from model.model_minimind import IGNORE, MiniMindConfig, MiniMindForCausalLM
 from trainer import checkpoint, run_log, train_full_sft, train_pretrain
 from trainer import trainer_utils as utils
 from trainer.checkpoint import Progress
-from trainer.trainer_utils import RowOrder, UserError, cosine_lr
+from trainer.command_line import UserError, run_script
+from trainer.trainer_utils import RowOrder, cosine_lr
 
 V = 61
 
@@ -698,7 +699,7 @@ def test_errors_of_the_user_are_one_line(error, status, line, capsys, monkeypatc
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        utils.run_script(main)
+        run_script(main)
     assert stop.value.code == status and capsys.readouterr().err == line
 
 
@@ -708,13 +709,13 @@ def test_errors_carry_the_rank_and_a_bug_shows_its_traceback(capsys, monkeypatch
 
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
-        utils.run_script(main)
+        run_script(main)
     assert capsys.readouterr().err == "error (rank 3): nothing to eat.\n"
     monkeypatch.setenv("MINIMIND_TRACEBACK", "1")
     with pytest.raises(UserError):
-        utils.run_script(main)
+        run_script(main)
     with pytest.raises(ZeroDivisionError):
-        utils.run_script(lambda: 1 / 0)
+        run_script(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:x", "toaster", "cpu:1", ""])
@@ -780,7 +781,7 @@ def test_out_of_memory_is_one_line_of_advice(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(SystemExit) as stop:
-        utils.run_script(main)
+        run_script(main)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--batch_size" in error and "--accumulation_steps" in error

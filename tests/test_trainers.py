@@ -32,6 +32,7 @@ from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset
 from model.weights import load_model, load_tokenizer
 from trainer import checkpoint, run_log, train_full_sft, train_pretrain
 from trainer import trainer_utils as utils
+from trainer.command_line import run_script
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
 LIMIT_SECONDS = 240  # of a started process
@@ -113,7 +114,7 @@ def train(script: ModuleType, arguments: list[str]) -> Result:
         torch.set_num_threads(1)
         sys.argv = [script.__file__, *arguments]
         try:
-            utils.run_script(script.main)
+            run_script(script.main)
         except SystemExit as stop:
             status = stop.code
         finally:
@@ -913,15 +914,15 @@ def test_a_rank_that_fails_ends_the_job(files, tmp_path):
         f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from trainer import run_log, train_pretrain, trainer_utils
+from trainer import command_line, run_log, train_pretrain
 count = run_log.RunLog.count
 def failing(log, *args):
     count(log, *args)
     if os.environ["RANK"] == "1" and log.steps == 2:
         print("failing at", time.time(), flush=True)
-        raise trainer_utils.UserError("the plug was pulled.")
+        raise command_line.UserError("the plug was pulled.")
 run_log.RunLog.count = failing
-trainer_utils.run_script(train_pretrain.main)
+command_line.run_script(train_pretrain.main)
 """,
         encoding="utf-8",
     )

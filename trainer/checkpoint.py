@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +27,12 @@ from model.weights import (
     find_weights,
     load_model,
     load_tokenizer,
+    read_about,
     save_weights,
-    tokenizer_of,
     weight_path,
 )
-from trainer.trainer_utils import Run, UserError
+from trainer.command_line import UserError, check_writable
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -124,7 +124,7 @@ def find_run(out_dir: str | Path, stage: str, hidden_size: int | None = None, us
 def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with `--resume` those of the interrupted run, where the command line does not name them again.
 
-    Raises: UserError when there is nothing to resume; OSError when the output folder cannot be made.
+    Raises: UserError when there is nothing to resume, or the output folder cannot be written.
     """
     args = parser.parse_args(argv)
     if args.resume:
@@ -136,17 +136,11 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
         args = parser.parse_args(argv)
     for name in ("data_path", "cache_dir", "from_weight"):  # whole paths: the run may be resumed from another folder
         value = getattr(args, name, None)
-        if value and (name != "from_weight" or Path(value).is_file()):
+        if value and (name != "from_weight" or (value not in STAGES and Path(value).is_file())):
             setattr(args, name, str(Path(value).resolve()))
     args.given = dict(vars(args))
     args.saved_config = newest[1]["config"] if args.resume else None
-    try:  # now, and not after an hour of tokenising
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out_dir).close()
-    except OSError as error:
-        raise OSError(
-            f"--out_dir {args.out_dir} cannot be written ({error.strerror}); name a folder you may write to."
-        ) from error
+    check_writable(args.out_dir, "--out_dir")
     return args
 
 
@@ -195,7 +189,7 @@ def start_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
     """
     if args.tokenizer is None and not args.resume:
         weights = start_weights(args)
-        args.tokenizer = tokenizer_of(weights) if weights else None
+        args.tokenizer = read_about(weights).get("tokenizer") if weights else None
     if args.tokenizer is not None:
         args.tokenizer = str(Path(args.tokenizer).resolve())
     args.given["tokenizer"] = args.tokenizer
@@ -274,8 +268,8 @@ class Keeper:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.run.scaler.is_enabled() and state["scaler"]:
             self.run.scaler.load_state_dict(state["scaler"])
-        if self.run.is_main and facts.get("dtype") != str(self.run.dtype):
-            print(f"note: the run began in {facts.get('dtype')} and goes on in {self.run.dtype}")
+        if self.run.is_main and facts["dtype"] != str(self.run.dtype):
+            print(f"note: the run began in {facts['dtype']} and goes on in {self.run.dtype}")
         self.wandb_id = facts.get("wandb_id")
         self.progress = Progress(**facts["progress"])
         if self.progress.finished and self.run.is_main:

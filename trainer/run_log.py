@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from model.weights import atomic_open
 from trainer.checkpoint import Keeper
-from trainer.trainer_utils import Run, UserError
+from trainer.command_line import UserError
+from trainer.trainer_utils import Run
 
 # Dense bf16 (fp16 before Ampere) tensor-core peaks in TFLOP/s from the vendor's data sheets, without sparsity. The
 # first name found in the device name counts. GeForce cards: with float32 accumulation, half their headline figure.
@@ -54,14 +55,17 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
 
 def peak_memory_gib(device: torch.device) -> float | None:
     """Largest memory so far: on the card, or of the process (None on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else process_memory_gib()
+
+
+def process_memory_gib(children: bool = False) -> float | None:
+    """Largest resident memory so far of this process, or of the largest one it started and waited for."""
     try:
         import resource
-    except ImportError:
+    except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class RunLog:

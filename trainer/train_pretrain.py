@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from dataset.lm_dataset import IGNORE, PretrainDataset, token_bytes
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
+from trainer.command_line import run_script
 from trainer.optimizer import make_optimizer
 
 STAGE = "pretrain"
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

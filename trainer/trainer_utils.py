@@ -1,4 +1,4 @@
-"""Plumbing shared by the trainers: flags, processes, precision, schedule, the order of rows, the optimiser, validation.
+"""Plumbing shared by the trainers: flags, processes, precision, schedule, the order of rows, validation.
 
 The mathematics stays in the scripts; what a learner would skip stands here. Saving and resuming: `checkpoint.py`; log
 lines, JSON Lines, wandb and the loss curve: `run_log.py`.
@@ -8,7 +8,7 @@ Dimension legend: B batch · T tokens · V vocabulary.
 
 import argparse
 import contextlib
-import errno
+import ctypes
 import math
 import os
 import random
@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -30,96 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.model_minimind import MOEFeedForward, grouped_mm_works
+from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class UserError(ValueError):
-    """Something the user can put right. The message says what came, what was expected and what to type."""
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Calls main; an error the user can put right becomes one line on stderr and exit status 2, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a Windows console would otherwise fail on Chinese text
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        leave(130)
-    except BrokenPipeError:  # the reader of our output went away (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MINIMIND_TRACEBACK"):
-            raise
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        hint = "" if type(error) is not ValueError else " [set MINIMIND_TRACEBACK=1 to see where]"
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            hint = ". Free some space or name another --out_dir; a run that saved a state goes on with --resume"
-        print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
-        leave(2)
-    except torch.OutOfMemoryError:
-        advice = "halve --batch_size and double --accumulation_steps (the same update), or shorten --max_seq_len"
-        print(f"error: the device is out of memory: {advice}.", file=sys.stderr, flush=True)
-        leave(2)
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        leave(1)
-
-
-def leave(status: int) -> None:
-    """Ends this process, with several ranks without taking their group apart.
-
-    With gloo that now and then never ends (3 of 22 runs with torch 2.13): a thread of the group waits for the
-    interpreter's lock, whose holder waits for the thread. Everything is on disk by then, so nothing is lost.
-    """
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 # ---------------------------------------------------------------------------------------------------------------- flags
-
-
-class BoolFlag(argparse.BooleanOptionalAction):
-    """`--flag`, `--no-flag`, and the older spelling `--flag True/False/1/0`."""
-
-    def __init__(self, option_strings, dest, **kwargs):
-        super().__init__(option_strings, dest, **kwargs)
-        self.nargs = "?"
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        value = not option_string.startswith("--no-")
-        if values is not None:
-            if str(values).lower() not in ("true", "false", "1", "0", "yes", "no"):
-                parser.error(f"{option_string} takes True or False, got {values!r}")
-            value = value == (str(values).lower() in ("true", "1", "yes"))
-        setattr(namespace, self.dest, value)
-
-
-def number(kind: type, low: float, excluded: bool = False, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: an int or float from `low` on (above it, when excluded), below `high`."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > low if excluded else value >= low) or not value < high:
-            what = "a whole number" if kind is int else "a number"
-            limit = "" if math.isinf(high) else f", below {high}"
-            expected = f"{what} {'above' if excluded else 'from'} {low}{limit}"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
-        return value
-
-    return read
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
@@ -192,6 +109,7 @@ class Run:
             self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         else:
+            keep_freed_memory()
             # Sums in a fixed order, so that an interrupted run continues bit for bit.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
@@ -252,6 +170,19 @@ class Run:
             dist.barrier()
         if status or self.world_size > 1:
             leave(status)
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library (glibc) to keep freed memory for the next update instead of giving it back to the system.
+
+    By default every tensor of more than 32 MiB is mapped anew, and each of its pages costs a fault when first written:
+    a third of the time of a training step on a CPU (trainer/LOG.md). The price: memory stays at its peak.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: it keeps its own ways
+        library = ctypes.CDLL(None)
+        trim_threshold, mmap_max = -1, -4  # names of the parameters in <malloc.h>
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def find_device(given: str | None) -> torch.device:
