@@ -388,9 +388,11 @@ class MOEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
         self.grouped: bool | None = None  # True / False picks the path, None lets the platform decide
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Shape: x (B, T, D), valid (B, T) bool → (B, T, D), balance loss ()."""
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Shape: x (B, T, D), valid (B, T) bool → (B, T, D), balance loss (), slots that went to each expert (E,)."""
         chosen, weights, aux_loss = self.gate(x, valid)
+        slots = F.one_hot(chosen, len(self.experts)).sum(2)  # (B, T, E)
+        load = (slots if valid is None else slots * valid[..., None]).sum((0, 1))
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
         grouped = self.grouped
         if grouped is None:
@@ -399,7 +401,7 @@ class MOEFeedForward(nn.Module):
         out = route(tokens, chosen.flatten(0, 1), weights.flatten(0, 1).to(x.dtype)).view_as(x)
         for expert in self.shared_experts:
             out = out + expert(x)
-        return out, aux_loss
+        return out, aux_loss, load
 
     def routed_plain(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """One expert after another on its own tokens. `nonzero` waits for the device, which costs nothing on a CPU.
@@ -452,12 +454,15 @@ class MiniMindBlock(nn.Module):
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Shape: x (B, T, D) → (B, T, D), balance loss ()."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Shape: x (B, T, D) → (B, T, D), balance loss (), load of the experts (E,) or None."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         h = self.post_attention_layernorm(x)
-        h, aux_loss = self.mlp(h, valid) if isinstance(self.mlp, MOEFeedForward) else (self.mlp(h), x.new_zeros(()))
-        return x + F.dropout(h, self.dropout, self.training), aux_loss
+        if isinstance(self.mlp, MOEFeedForward):
+            h, aux_loss, load = self.mlp(h, valid)
+        else:
+            h, aux_loss, load = self.mlp(h), x.new_zeros(()), None
+        return x + F.dropout(h, self.dropout, self.training), aux_loss, load
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -488,9 +493,10 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class MiniMindModelOutput(BaseModelOutputWithPast):
-    """Final hidden states, cache, and the balance loss summed over layers."""
+    """Final hidden states, cache, the balance loss summed over layers, and the load of the experts in each layer."""
 
     aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -547,19 +553,28 @@ class MiniMindModel(MiniMindPreTrainedModel):
         valid = documents >= 0 if documents is not None else attention_mask[:, new].bool() if padded else None
 
         aux_loss = x.new_zeros((), dtype=torch.float32)
-        hidden_states = ()
+        hidden_states, loads = (), []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states += (x,)
-            x, layer_aux = layer(x, rotary, mask, past_key_values, valid)
+            x, layer_aux, load = layer(x, rotary, mask, past_key_values, valid)
             aux_loss = aux_loss + layer_aux
+            loads.append(load)
         x = self.norm(x)
         return MiniMindModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             aux_loss=aux_loss,
+            expert_load=torch.stack(loads) if self.config.use_moe else None,
         )
+
+
+@dataclass
+class MiniMindOutput(MoeCausalLMOutputWithPast):
+    """What `MiniMindForCausalLM` returns; see its `forward`."""
+
+    expert_load: Tensor | None = None
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -588,7 +603,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         output_hidden_states: bool = False,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MiniMindOutput:
         """Logits for the given tokens.
 
         Args:
@@ -603,8 +618,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the summed loss instead of the number of labels here (transformers' Trainer).
 
         Returns: .loss (mean nats per label, without the balance loss), .logits (B, T or n, V) or (N, V), .aux_loss (),
-        .past_key_values, .hidden_states: the final normed states (B, T, D), or with `output_hidden_states` the tuple of
-        all L + 1 states.
+        .expert_load (L, E), the slots that each expert got (None without experts), .past_key_values, .hidden_states:
+        the final normed states (B, T, D), or with `output_hidden_states` the tuple of all L + 1 states.
         """
         out = self.model(
             input_ids,
@@ -631,9 +646,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
             count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
             loss = nll / torch.as_tensor(count).clamp(min=1)  # nothing to train on: 0, not 0 / 0
-        return MoeCausalLMOutputWithPast(
+        return MiniMindOutput(
             loss=loss,
             aux_loss=out.aux_loss,
+            expert_load=out.expert_load,
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states if output_hidden_states else hidden,

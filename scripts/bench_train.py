@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -31,15 +32,29 @@ from trainer.optimizer import OPTIMIZERS, make_optimizer
 from trainer.train_pretrain import token_nll
 
 
+def read_size(text: str) -> MiniMindConfig:
+    """The configuration of `512x8`, `640x8moe`, or `640x8wide`: dense, with the weights that a token meets in the MoE.
+
+    Raises: UserError when it is written otherwise.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)(moe|wide)?", text)
+    if not found:
+        raise UserError(f"size {text!r}; expected HIDDENxLAYERS, for example 512x8, 640x8moe or 640x8wide.")
+    sizes = {"hidden_size": int(found[1]), "num_hidden_layers": int(found[2])}
+    config = MiniMindConfig(**sizes, use_moe=found[3] == "moe")
+    if found[3] == "wide":
+        met = config.num_experts_per_tok + config.n_shared_experts
+        config = MiniMindConfig(**sizes, intermediate_size=met * config.intermediate_size)
+    return config
+
+
 def measure(case: dict) -> dict:
     """Times `updates` updates of one setting in this process.
 
     Returns: real tokens per second, seconds per update, MFU (None on unknown devices), peak memory in GiB.
     """
     run = utils.Run(case["device"], case["dtype"], seed=0)
-    size, _, kind = case["size"].partition("moe") if "moe" in case["size"] else (case["size"], "", None)
-    hidden, layers = (int(part) for part in size.split("x"))
-    config = MiniMindConfig(hidden_size=hidden, num_hidden_layers=layers, use_moe=kind is not None)
+    config = read_size(case["size"])
     raw_model = MiniMindForCausalLM(config).to(run.device).train()
     args = argparse.Namespace(compile=case["compile"])
     model, nll = utils.compile_and_wrap(raw_model, token_nll, run, args)
@@ -121,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure training speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", default=["512x8"], help="HIDDENxLAYERS, with moe behind it for experts")
+    parser.add_argument("--sizes", nargs="+", default=["512x8"], help="HIDDENxLAYERS, with moe or wide behind it")
     parser.add_argument("--dtypes", nargs="+", default=["auto"], choices=["auto", *utils.DTYPES])
     parser.add_argument("--compile", nargs="+", type=int, default=[1], choices=[0, 1], help="1 on, 0 off")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[32], help="rows per update")

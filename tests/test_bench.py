@@ -1,13 +1,16 @@
 """The measuring scripts measure what they say: figures that agree with each other and with a count made here."""
 
+import dataclasses
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from dataset.lm_dataset import PretrainDataset
+from dataset.lm_dataset import IGNORE, PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from scripts import bench_data, bench_train
+from scripts import bench_data, bench_recipe, bench_train
 from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
@@ -74,3 +77,86 @@ def test_an_empty_file_is_one_clear_line(monkeypatch, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match=r"empty\.jsonl: no such file, or an empty one"):
         run(bench_data, monkeypatch, tmp_path / "empty.jsonl", "--stage", "pretrain")
+
+
+def text_file(folder):
+    path = folder / "text.jsonl"
+    lines = [json.dumps({"text": f"Document {n}: " + f"one two three {n % 5} " * 5}) for n in range(400)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+RECIPE = ["--hidden_size", "32", "--num_hidden_layers", "1", "--device", "cpu", "--max_seq_len", "64", "--checks", "2"]
+
+
+def test_recipes_run_one_by_one_into_table_and_json(monkeypatch, capsys, tmp_path):
+    target = tmp_path / "recipe.json"
+    flags = ["--recipes", "reference", "ours", "--seconds", "0.01", "--cache_dir", tmp_path / "cache", "--json", target]
+    run(bench_recipe, monkeypatch, text_file(tmp_path), *RECIPE, *flags)
+    results = json.loads(target.read_text(encoding="utf-8"))["results"]
+    assert [r["recipe"] for r in results] == ["reference", "ours"]
+    for result in results:
+        (point,) = result["curve"]  # one update takes longer than the time given
+        assert result["updates"] == 1
+        assert result["tokens_per_second"] * point["seconds"] == pytest.approx(result["tokens"])
+    printed = capsys.readouterr().out
+    assert printed.count("| ours | 0.01 |") == 2 and "is where the better reference ends after" in printed
+
+
+def test_a_recipe_learns_to_its_schedule(monkeypatch, tmp_path):
+    """The clock moves a second per update: ten updates, checked after five and ten, from the peak down to a tenth."""
+    ticks, rates = itertools.count(), []
+    monkeypatch.setattr(bench_recipe, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    make = bench_recipe.make_optimizer
+
+    def watched(*given):
+        optimizer = make(*given)
+        step = optimizer.step
+        monkeypatch.setattr(optimizer, "step", lambda: (rates.append(optimizer.param_groups[0]["lr"]), step()))
+        return optimizer
+
+    monkeypatch.setattr(bench_recipe, "make_optimizer", watched)
+    recipe = dataclasses.replace(bench_recipe.REFERENCE, batch_size=4, max_seq_len=64, learning_rate=0.01)
+    args = SimpleNamespace(
+        device="cpu", tokenizer=None, cache_dir=tmp_path / "cache", stage="pretrain", file=text_file(tmp_path),
+        max_seq_len=64, from_weight=None, hidden_size=32, num_hidden_layers=1, compile=0, checks=2, val_rows=8,
+    )  # fmt: skip
+    for packed in (False, True):
+        rates.clear()
+        result = bench_recipe.train(dataclasses.replace(recipe, packed=packed), args, 10.0, 0)
+        assert result["updates"] == 10 and [point["updates"] for point in result["curve"]] == [5, 10]
+        assert rates[0] == 0.01 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.001, rel=0.3)
+        first, last = (point["val_loss"] for point in result["curve"])
+        assert last < first - 0.2
+
+
+def test_padded_rows_hold_each_training_record_once(tmp_path):
+    source = tmp_path / "text.jsonl"
+    words = [f"number {n} " * (1 + n % 40) for n in range(100)]  # the longer ones do not fit
+    source.write_text("\n".join(json.dumps({"text": text}) for text in words), encoding="utf-8")
+    tokenizer = load_tokenizer()
+    data = PretrainDataset(source, tokenizer, 32, cache_dir=tmp_path / "cache", show_progress=False)
+    rows = bench_recipe.PaddedRows(data)
+    assert len(rows) == data.stats["used"] < 100
+    texts = []
+    for row in map(rows.__getitem__, range(len(rows))):
+        ids, labels = row["input_ids"], row["labels"]
+        real = int((labels >= 0).sum()) + 1
+        assert labels[0] == IGNORE and (labels[1:real] == ids[1:real]).all() and (labels[real:] == IGNORE).all()
+        assert (ids[real:] == tokenizer.pad_token_id).all()
+        texts.append(tokenizer.decode(ids[1:real].tolist()).removesuffix("<|im_end|>"))
+    assert len(set(texts)) > 60 and all(any(full.startswith(text) for full in words) for text in texts)
+
+
+def test_seconds_to_a_figure_lie_on_the_line_between_two_points():
+    curve = [{"seconds": 10.0, "x": 4.0}, {"seconds": 20.0, "x": 2.0}]
+    assert [bench_recipe.seconds_to(curve, "x", target) for target in (5.0, 3.0, 2.0, 1.0)] == [10.0, 15.0, 20.0, None]
+
+
+def test_a_wide_model_has_the_weights_that_a_token_meets_in_the_experts():
+    wide, moe = bench_train.read_size("64x2wide"), bench_train.read_size("64x2moe")
+    parameters = [sum(p.numel() for p in MiniMindForCausalLM(config).parameters()) for config in (wide, moe)]
+    idle = 2 * (moe.n_routed_experts - moe.num_experts_per_tok) * 3 * 64 * moe.intermediate_size
+    assert parameters[0] == parameters[1] - idle - 2 * 4 * 64  # and no routers
+    with pytest.raises(UserError, match="expected HIDDENxLAYERS"):
+        bench_train.read_size("64")

@@ -75,7 +75,7 @@ def check_against_reference(moe: MOEFeedForward, x: Tensor, k: int, norm: bool, 
     """Output, and the gradients of a random projection of it plus the balance loss, for the input and all weights."""
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
     x = x.requires_grad_()
-    out, aux = moe(x)
+    out, aux, _ = moe(x)
     ((out * direction).sum() + aux).backward()
 
     weights, x64 = doubles(moe), x.detach().double().requires_grad_()
@@ -120,6 +120,20 @@ def test_idle_expert_has_zero_gradient_not_none(grouped):
     for name, p in moe.experts[3].named_parameters():
         assert p.grad is not None and (p.grad == 0).all(), name
     assert all((p.grad != 0).any() for p in moe.experts[0].parameters())
+
+
+def test_load_counts_the_slots_of_real_tokens():
+    moe = layer()
+    x = starve(moe)
+    valid = torch.ones(x.shape[:2], dtype=torch.bool)
+    valid[0, 2:] = False  # padding does not count
+    load = moe(x, valid)[2]
+    chosen = moe.gate(x, valid)[0][valid].flatten().tolist()
+    assert load.tolist() == [chosen.count(e) for e in range(4)] and load[3] == 0
+    model = tiny(use_moe=True, num_hidden_layers=3)
+    out = model(ids(2, 8), attention_mask=torch.ones(2, 8))
+    assert out.expert_load.shape == (3, 4) and (out.expert_load.sum(1) == 2 * 8 * 2).all()
+    assert tiny()(ids(2, 8)).expert_load is None
 
 
 class LeavesGarbage(torch.autograd.Function):
@@ -193,7 +207,7 @@ def test_half_precision_paths_agree(dtype, how):
         if how == "cast":
             moe, given = moe.to(dtype), given.to(dtype)
         with torch.autocast("cpu", dtype, enabled=how == "autocast"):
-            out, aux = moe(given)
+            out, aux, _ = moe(given)
         assert out.dtype == given.dtype and aux.dtype == torch.float32
         error = (out.double() - expected).abs().max() / expected.abs().max()
         assert error < (0.03 if dtype == torch.bfloat16 else 0.004)
@@ -376,7 +390,7 @@ def test_cuda_grouped_path_equals_the_loop(dtype):
     assert moe.grouped is None
     torch.full((1 << 24,), torch.nan, device="cuda")  # freed at once: what a kernel does not write reads as NaN
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        out, aux = moe(x)
+        out, aux, _ = moe(x)
     weights = {name: p.detach().double().cpu().requires_grad_() for name, p in moe.named_parameters()}
     expected = naive_moe(weights, x.double().cpu(), 2, True, 1)
     tolerance = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-3}[dtype]

@@ -262,14 +262,22 @@ def test_plan_counts_the_ragged_last_update():
     assert plan(5).total_steps == 1
 
 
-def test_plan_fills_in_accumulation_and_warm_up():
-    small = plan(1000)
-    assert (small.accumulation_steps, small.total_steps, small.warmup_iters) == (1, 32, 1)
-    large = plan(32 * 8 * 20_000)
-    assert (large.accumulation_steps, large.total_steps, large.warmup_iters) == (8, 20_000, 200)
-    middle = plan(32 * 3 * 1000 + 5)
-    assert middle.accumulation_steps == 3 and middle.total_steps >= 1000 and middle.warmup_iters == 20
-    assert plan(32 * 8000, world=4).accumulation_steps == 2
+def test_plan_fills_in_the_batch_and_warm_up():
+    """16,384 tokens an update for 40M tokens, half of it for a quarter: in rows of 512, powers of two."""
+    one = plan(40_000_000 // 512, batch_size=None)
+    assert (one.batch_size, one.accumulation_steps, one.total_steps, one.warmup_iters) == (8, 4, 2442, 48)
+    assert plan(40_000_000 // 512).accumulation_steps == 1  # 32 rows given
+    quarter = plan(10_000_000 // 512, batch_size=None)
+    assert (quarter.batch_size, quarter.accumulation_steps) == (8, 2)
+    tiny = plan(20, batch_size=None)
+    assert (tiny.batch_size, tiny.accumulation_steps, tiny.total_steps, tiny.warmup_iters) == (1, 1, 20, 1)
+    assert plan(20, batch_size=None, epochs=1, accumulation_steps=3).batch_size == 1
+    large = plan(32 * 20_000, batch_size=None, epochs=10, warmup_iters=None)
+    assert (large.batch_size, large.accumulation_steps, large.warmup_iters) == (8, 32, 200)
+    short = plan(32 * 20_000, batch_size=None, max_steps=300)  # 300 updates: 2,013 tokens each, four rows
+    assert (short.batch_size, short.accumulation_steps, short.total_steps) == (4, 1, 300)
+    two = plan(32 * 20_000, batch_size=None, epochs=10, world=2)
+    assert (two.batch_size, two.accumulation_steps, two.total_steps) == (8, 16, large.total_steps)
     given = plan(32 * 8 * 20_000, accumulation_steps=2, warmup_iters=7, max_steps=100)
     assert (given.accumulation_steps, given.total_steps, given.warmup_iters) == (2, 100, 7)
     assert plan(64, max_steps=100).total_steps == 2
@@ -514,9 +522,12 @@ def test_a_log_line_adds_up_what_happened_since_the_last_one(tmp_path, monkeypat
 
     now[0] += 2
     log.count(torch.tensor(0.0), 0, 10, waited_seconds=0.0)  # an update that was skipped, or had no label
+    log.count_experts(torch.tensor([[6, 2], [0, 0]]))
+    log.count_experts(torch.tensor([[6, 2], [4, 4]]))
     log.line(progress, 1e-3, torch.tensor(math.nan), aux_loss=0.25)
     second = run_log.read_metrics(tmp_path / "metrics.jsonl")[1]
     assert second["loss"] is None and second["grad_norm"] is None and second["aux_loss"] == 0.25
+    assert second["expert_load"] == [[0.75, 0.25], [0.5, 0.5]] and "| experts 25%–75% |" in capsys.readouterr().out
     assert second["tokens_per_second"] == 5.0
 
 

@@ -443,7 +443,9 @@ def test_mixture_of_experts_trains_and_logs_its_balance_loss(flags, tmp_path, mo
     losses = curve(records)
     assert losses[-1] < losses[0] - 0.5
     assert all(0.09 < value < 0.4 for value in curve(records, "aux_loss"))  # 0.1 with an even load, 0.4 with one expert
-    assert "aux 0." in result.out and "mixture of experts" in result.out
+    assert "aux 0." in result.out and "mixture of experts" in result.out and "| experts " in result.out
+    for shares in curve(records, "expert_load"):  # one layer of four experts
+        assert len(shares) == 1 and all(len(s) == 4 and sum(s) == pytest.approx(1, abs=1e-3) for s in shares)
     assert all(not torch.equal(p, watch.first[name]) for name, p in watch.model.named_parameters())
     assert load_model(tmp_path / "pretrain_32_moe.pth").config.use_moe
 

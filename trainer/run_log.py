@@ -109,6 +109,7 @@ class RunLog:
         self.started, self.wait, self.tokens, self.steps = time.perf_counter(), 0.0, 0, 0
         self.nats = torch.zeros((), device=self.run.device)
         self.trained = 0
+        self.expert_load: Tensor | None = None
 
     def _forget_after(self, step: int) -> None:
         """Drops the records after the resumed step, so that the file tells one uninterrupted run."""
@@ -126,6 +127,11 @@ class RunLog:
         self.wait += waited_seconds
         self.steps += 1
         self.bar.update(1)
+
+    def count_experts(self, load: Tensor | None) -> None:
+        """Slots that each expert of each layer got in one micro-batch, (L, E); None without experts."""
+        if load is not None:
+            self.expert_load = load.detach() if self.expert_load is None else self.expert_load + load.detach()
 
     def line(self, progress, lr: float, grad_norm: Tensor, aux_loss: float | None = None) -> None:
         """Prints and stores the figures since the last line. Every rank must call it: the loss is summed over ranks."""
@@ -149,6 +155,10 @@ class RunLog:
         }
         if aux_loss is not None:
             record["aux_loss"] = aux_loss
+        if self.expert_load is not None:  # share of the slots, layer by layer: 1/E each when the load is even
+            load = self.run.sum_ranks(self.expert_load.float())
+            load = load / load.sum(1, keepdim=True).clamp(min=1)
+            record["expert_load"] = [[round(share, 4) for share in layer] for layer in load.tolist()]
         parts = [
             self.stage,
             f"epoch {record['epoch']}/{self.epochs}",
@@ -161,6 +171,7 @@ class RunLog:
             f"{record['memory_gib']:.1f} GiB" if record["memory_gib"] is not None else None,
             f"data {record['data_wait']:.1%}",
             f"aux {aux_loss:.3f}" if aux_loss is not None else None,
+            f"experts {load.min():.0%}–{load.max():.0%}" if self.expert_load is not None else None,
             f"skipped {progress.skipped_steps}" if progress.skipped_steps else None,
             f"eta {clock(record['eta_seconds'])}",
         ]

@@ -88,6 +88,7 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
                 run.scaler.scale(loss).backward()
             nats += micro_nats.detach()
             balance += micro_balance.detach()
+            log.count_experts(out.expert_load)
 
         # [shared: optimizer-step] clip → non-finite guard → step → zero
         run.scaler.unscale_(optimizer)
@@ -122,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Fine-tune on conversations.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    utils.add_shared_flags(parser, epochs=1, batch_size=16, learning_rate=5e-4, max_seq_len=512)
+    utils.add_shared_flags(parser, epochs=1, learning_rate=1e-3, max_seq_len=512)
     parser.add_argument("--from_weight", default="pretrain", help="stage or file to start from; none: a new model")
     args = checkpoint.parse_flags(parser, STAGE)
 

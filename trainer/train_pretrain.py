@@ -86,6 +86,7 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
                 run.scaler.scale(loss).backward()
             nats += micro_nats.detach()
             balance += micro_balance.detach()
+            log.count_experts(out.expert_load)
 
         # [shared: optimizer-step] clip → non-finite guard → step → zero
         run.scaler.unscale_(optimizer)
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Pretrain a MiniMind model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    utils.add_shared_flags(parser, epochs=1, batch_size=32, learning_rate=5e-4, max_seq_len=512)
+    utils.add_shared_flags(parser, epochs=1, learning_rate=2e-3, max_seq_len=512)
     parser.add_argument("--from_weight", help="go on from these weights (stage name or file) instead of from nothing")
     args = checkpoint.parse_flags(parser, STAGE)
 

@@ -56,9 +56,9 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     data.add_argument("--num_workers", type=natural, help="processes that read rows; default 2 on CUDA, else 0")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=count, help="passes over the data")
-    optim.add_argument("--batch_size", type=count, help="rows per micro-batch on each device")
-    accumulation = "micro-batches per update; default 8, less where that would leave under 1,000 updates"
-    optim.add_argument("--accumulation_steps", type=count, help=accumulation)
+    rows = "rows per micro-batch on each device, for example 32; default fitted to the data, at most 32 (on a CPU 8)"
+    optim.add_argument("--batch_size", type=count, help=rows)
+    optim.add_argument("--accumulation_steps", type=count, help="micro-batches per update; default fitted to the data")
     optim.add_argument("--learning_rate", type=amount, help="peak, reached after the warm-up; falls to a tenth of it")
     optim.add_argument(
         "--warmup_iters", type=natural, help="updates of linear warm-up; default 2%% of all, at most 200"
@@ -96,7 +96,7 @@ class Run:
     Started with `python` there is one process; under torchrun one per device (nccl on CUDA, gloo elsewhere).
     """
 
-    def __init__(self, device: str | None, dtype: str, seed: int):
+    def __init__(self, device: str | None, dtype: str, seed: int, keep_memory: bool = True):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -109,7 +109,8 @@ class Run:
             self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         else:
-            keep_freed_memory()
+            if keep_memory:
+                keep_freed_memory()
             # Sums in a fixed order, so that an interrupted run continues bit for bit.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
@@ -278,8 +279,20 @@ def cosine_lr(step: int, total_steps: int, warmup_steps: int, peak: float, floor
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def fitted_rows(tokens: float, max_steps: int | None, max_seq_len: int) -> int:
+    """Rows per update for a run over so many tokens, or so many updates if they come first; a power of two.
+
+    The largest batch that does not waste tokens grows with the square root of the tokens of a run (Zhang et al. 2024,
+    arXiv:2410.21676); the constant was measured (trainer/LOG.md): 16,384 tokens per update for 40 million.
+    """
+    per_update = 16_384 * math.sqrt(tokens / 40e6)
+    if max_steps:  # tokens = max_steps · per_update, put into the line above
+        per_update = min(per_update, 16_384**2 / 40e6 * max_steps)
+    return 2 ** max(0, round(math.log2(max(per_update, 1) / max_seq_len)))
+
+
 def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
-    """Fills in what the flags left open: accumulation, number of updates, warm-up.
+    """Fills in what the flags left open: rows per update and their micro-batches, number of updates, warm-up.
 
     Raises: UserError when the data gives no row.
     """
@@ -288,10 +301,13 @@ def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
             f"{args.data_path}: nothing to train on. Every record is longer than --max_seq_len {args.max_seq_len} "
             f"before its first answer, or held out; see `python dataset/check_data.py {shlex.quote(args.data_path)}`."
         )
-    micro_rows = args.batch_size * run.world_size
+    wanted = fitted_rows(args.epochs * rows * args.max_seq_len, args.max_steps, args.max_seq_len)  # over all ranks
+    if args.batch_size is None:
+        largest = 8 if run.device.type == "cpu" else 32
+        args.batch_size = max(1, min(largest, wanted // (run.world_size * (args.accumulation_steps or 1))))
     if args.accumulation_steps is None:
-        args.accumulation_steps = min(8, max(1, args.epochs * rows // (micro_rows * 1000)))
-    updates = args.epochs * math.ceil(rows / (micro_rows * args.accumulation_steps))
+        args.accumulation_steps = max(1, wanted // (args.batch_size * run.world_size))
+    updates = args.epochs * math.ceil(rows / (args.batch_size * args.accumulation_steps * run.world_size))
     args.total_steps = min(updates, args.max_steps or updates)
     if args.warmup_iters is None:
         args.warmup_iters = min(200, max(1, args.total_steps // 50))
