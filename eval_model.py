@@ -17,6 +17,7 @@ Dimension legend: T tokens.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -34,7 +35,8 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from model.generation import stop_ids, stream_generate  # noqa: E402
+from model.generation import Decoder, stop_ids, stream_generate  # noqa: E402
+from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.weights import (  # noqa: E402
     STAGES,
     WeightsError,
@@ -166,7 +168,7 @@ class Chat:
     Args:
         continues_text: True for a pretrained model: no template, no history, the prompt is simply continued.
         out: where answers go; notes: where remarks about them go; colour: dim thoughts and remarks.
-        generate: `stream_generate` or a decoder with the same signature.
+        generate: `stream_generate` or a function with the same signature.
     """
 
     def __init__(
@@ -366,6 +368,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--use_moe", action=BoolFlag, help="take only mixture-of-experts weights, or only dense ones (any)")
     add("--device", help="cpu, cuda, cuda:1 or mps (the best there is)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="arithmetic (half precision on CUDA, else float32)")
+    add("--compile", action=BoolFlag, default=False, help="wait a minute, then chat at up to twice the speed (off)")
 
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument
@@ -469,7 +472,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed if args.seed is not None else random.randrange(2**31),
     )  # fmt: skip
     if args.questions and not args.questions.is_file():  # before minutes of loading
-        raise UserError(f"{args.questions} does not exist; `python dataset/make_demo_data.py` writes test questions.")
+        raise UserError(f"{args.questions} is no file; `python dataset/make_demo_data.py` writes test questions.")
     if args.json:
         check_writable(args.json.parent, "--json")
     path, stage = find_model(args)
@@ -483,9 +486,13 @@ def run(args: argparse.Namespace) -> int:
         settings = dataclasses.replace(settings, max_seq_len=min(settings.max_seq_len, limit))
     check_length(settings, model)
 
+    decoder = None
+    if isinstance(model, MiniMindForCausalLM) and not args.questions:
+        decoder = Decoder(model, 1, settings.max_seq_len, compile=args.compile)
     chat = Chat(
         model, tokenizer, settings, continues_text=continues_text, system=args.system, colour=shows_colour(),
         notes=sys.stdout if args.prompt is None else sys.stderr,
+        generate=functools.partial(stream_generate, decoder=decoder),
     )  # fmt: skip
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     facts = [

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,26 +66,39 @@ class Report:
 # ---- reading a record of each stage --------------------------------------------------------------
 
 
-def _prepare_reason(record: dict, tokenizer: Any) -> Any:
-    return lm.render_conversation(*record_formats.parse_reason(record), tokenizer)
+def _reason_reader(tokenizer: Any) -> Callable[[dict], lm.Rendered]:
+    render = lm.ChatRenderer(tokenizer)
+    return lambda record: render(*record_formats.parse_reason(record))
 
 
-def _prepare_dpo(record: dict, tokenizer: Any) -> list:
-    chosen, rejected, tools = record_formats.parse_dpo(record)
-    rendered = [lm.render_conversation(messages, tools, tokenizer) for messages in (chosen, rejected)]
-    return [(text, spans[-1:], mark) for text, spans, mark in rendered]  # the last answers are what is compared
+def _dpo_reader(tokenizer: Any) -> Callable[[dict], list[lm.Rendered]]:
+    render = lm.ChatRenderer(tokenizer)
+
+    def read(record: dict) -> list[lm.Rendered]:
+        chosen, rejected, tools = record_formats.parse_dpo(record)
+        both = [render(messages, tools) for messages in (chosen, rejected)]
+        return [one._replace(spans=one.spans[-1:]) for one in both]  # the last answers are what is compared
+
+    return read
 
 
-def _prepare_rl(record: dict, tokenizer: Any) -> list:
-    messages, tools, _ = record_formats.parse_rl(record)
-    text, _, mark = lm.render_conversation(messages, tools, tokenizer)
-    return [(text, [], mark)]  # nothing of the file is trained on: the model writes the answers itself
+def _rl_reader(tokenizer: Any) -> Callable[[dict], list[lm.Rendered]]:
+    render = lm.ChatRenderer(tokenizer)
+
+    def read(record: dict) -> list[lm.Rendered]:
+        messages, tools, _ = record_formats.parse_rl(record)
+        return [render(messages, tools)._replace(spans=[])]  # the model writes the answers itself: nothing is trained
+
+    return read
 
 
-def _prepare_choice(record: dict, tokenizer: Any) -> list:
-    r = record_formats.parse_choice(record)
-    text = r["question"] + "".join(f"\n{k}. {r[k]}" for k in "ABCD") + f"\n{r['answer']}"
-    return [(text, [], "")]
+def _choice_reader(tokenizer: Any) -> Callable[[dict], list[lm.Rendered]]:
+    def read(record: dict) -> list[lm.Rendered]:
+        r = record_formats.parse_choice(record)
+        text = r["question"] + "".join(f"\n{k}. {r[k]}" for k in "ABCD") + f"\n{r['answer']}"
+        return [lm.Rendered(text, [])]
+
+    return read
 
 
 def _encode_groups(items: list[list], tokenizer: Any) -> tuple[list, list]:
@@ -98,10 +111,10 @@ def _encode_groups(items: list[list], tokenizer: Any) -> tuple[list, list]:
 FORMATS = {
     "pretrain": lm.PRETRAIN,
     "sft": lm.SFT,
-    "reason": tc.RecordFormat("reason", _prepare_reason, lm.encode_rendered, masked=True),
-    "dpo": tc.RecordFormat("dpo", _prepare_dpo, _encode_groups, masked=True),
-    "rl": tc.RecordFormat("rl", _prepare_rl, _encode_groups, masked=True),
-    "choice": tc.RecordFormat("choice", _prepare_choice, _encode_groups, masked=True),
+    "reason": tc.RecordFormat("reason", _reason_reader, lm.encode_rendered, masked=True),
+    "dpo": tc.RecordFormat("dpo", _dpo_reader, _encode_groups, masked=True),
+    "rl": tc.RecordFormat("rl", _rl_reader, _encode_groups, masked=True),
+    "choice": tc.RecordFormat("choice", _choice_reader, _encode_groups, masked=True),
 }
 TITLES = {"dpo": ("chosen", "rejected"), "rl": ("prompt",), "choice": ("question",)}
 
@@ -225,11 +238,12 @@ def _strings(value: Any, key: str = "") -> Iterator[str]:
 def preview_sequences(path: Path, stage: str, tokenizer: Any, n: int) -> Iterator[tuple[int, list[Sequence]]]:
     """The first n good records: (line number, token sequences with what is trained on)."""
     fmt = FORMATS[stage]
+    read = fmt.reader(tokenizer)
     for number, raw in json_lines.read_lines(path):
         if n <= 0:
             return
         try:
-            item = fmt.prepare(json_lines.parse_line(raw), tokenizer)
+            item = read(json_lines.parse_line(raw))
         except ValueError:
             continue
         n -= 1

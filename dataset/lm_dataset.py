@@ -1,7 +1,8 @@
 """The data of pretraining and of supervised fine-tuning: records → tokens and mask → full rows.
 
-Reading order: the ONE assistant mask → packing → the datasets → bytes per token. What a record looks like stands in
-record_formats.py; tokenising once and caching is plumbing and lives in token_cache.py.
+Reading order: the ONE assistant mask → the datasets → bytes per token. What a record looks like stands in
+record_formats.py, how records fill rows in packing.py; tokenising once and caching is plumbing and lives in
+token_cache.py and cache_folder.py.
 
 Legend: T tokens of a row, N records, S segments, R rows, V vocabulary. A segment is what one record (or one piece of an
 over-long document) contributes to a row; no token attends to another segment of its row.
@@ -15,9 +16,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,21 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from dataset.cache_folder import CacheError, MappedArray, build_folder, read_meta, user_errors
 from dataset.json_lines import DataError
+from dataset.packing import pack_best_fit, write_plan
 from dataset.record_formats import parse_conversation, parse_sft, parse_text
-from dataset.token_cache import (
-    CacheError,
-    MappedArray,
-    RecordFormat,
-    TokenCache,
-    build_folder,
-    open_cache,
-    plain_backend,
-    read_meta,
-    require_markers,
-    user_errors,
-    write_meta,
-)
+from dataset.token_cache import RecordFormat, open_cache, plain_backend, require_markers
 
 __all__ = [
     "IGNORE",
@@ -90,45 +81,71 @@ def encode_conversations(conversations: Sequence[Any], tokenizer: Any) -> tuple[
     Raises:
         ValueError: a malformed conversation, or a template without generation markers.
     """
-    return encode_rendered(
-        [render_conversation(*parse_conversation(turns), tokenizer) for turns in conversations], tokenizer
-    )
+    render = ChatRenderer(tokenizer)
+    return encode_rendered([render(*parse_conversation(turns)) for turns in conversations], tokenizer)
 
 
-def render_conversation(
-    messages: list[dict], tools: list[dict] | None, tokenizer: Any, **options: Any
-) -> tuple[str, list[tuple[int, int]], str]:
-    """(text, character spans the assistant wrote, mark). A control token out of a content stands between two marks.
+class Rendered(NamedTuple):
+    """A conversation as the chat template writes it."""
 
-    Args: options of the chat template, for example add_generation_prompt=True or enable_thinking=False.
+    text: str
+    spans: list[tuple[int, int]]  # character ranges that the assistant writes
+    mark: str = ""  # the character on both sides of each control token that stood in a content; "" when there is none
+
+
+class ChatRenderer:
+    """The chat template of a tokenizer, compiled once: `render(messages, tools)` gives a conversation's `Rendered`.
+
+    It is the template that `apply_chat_template` of transformers runs; what that prepares anew for each call, half of
+    its time, is prepared here once.
+
+    Raises:
+        DataError: the template has no generation markers.
     """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    require_markers(tokenizer.chat_template)
-    mark = ""
-    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    said = json.dumps([messages, tools], ensure_ascii=False)
-    if any(control in said for control in controls):
-        mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in said)
-        messages, tools = _guard(messages, controls, mark), _guard(tools, controls, mark)
-    try:
-        texts, spans = render_jinja_template(
-            [messages],
-            tools=tools,
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-            **options,
-        )
-    except (TemplateError, TypeError) as e:
-        raise ValueError(f"the chat template refuses the conversation: {e}") from None
-    return texts[0], spans[0], mark
+    def __init__(self, tokenizer: Any):
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        require_markers(tokenizer.chat_template)
+        self.template = _compile_jinja_template(tokenizer.chat_template)
+        # What every call sees: the environment's functions, bos_token and its like, and the options left out.
+        self.names = dict(self.template.globals) | {"documents": None, "add_generation_prompt": False}
+        self.names |= tokenizer.special_tokens_map
+        self.controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def __call__(self, messages: list[dict], tools: list[dict] | None, **options: Any) -> Rendered:
+        """
+        Args:
+            messages, tools: plain JSON values, as parse_conversation gives them.
+            options: of the chat template, for example add_generation_prompt=True or enable_thinking=False.
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        mark, values = "", [value for m in messages for value in m.values()]
+        plain = not tools and all(isinstance(value, str) for value in values)
+        said = "\n".join(values) if plain else json.dumps([messages, tools], ensure_ascii=False)
+        if any(control in said for control in self.controls):
+            mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in said)
+            messages, tools = _guard(messages, self.controls, mark), _guard(tools, self.controls, mark)
+        # Some templates call it `thinking`: they get both names, as from transformers.
+        messages = [
+            m if m.get("reasoning_content") is None else {"thinking": m["reasoning_content"], **m} for m in messages
+        ]
+        context = self.template.new_context(self.names | options | {"messages": messages, "tools": tools}, shared=True)
+        blocks: list[str] = []  # the tracker reads in it how much has been written when the assistant begins
+        spans: list[tuple[int, int]] = []
+        try:
+            with self.template.environment.activate_tracker(blocks, spans):
+                for block in self.template.root_render_func(context):
+                    blocks.append(block)
+        except (TemplateError, TypeError) as e:
+            raise ValueError(f"the chat template refuses the conversation: {e}") from None
+        return Rendered("".join(blocks), spans, mark)
 
 
-def encode_rendered(
-    rendered: Sequence[tuple[str, list[tuple[int, int]], str]], tokenizer: Any
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def encode_rendered(rendered: Sequence[Rendered], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Rendered conversations → (ids, trained), as encode_conversations gives them.
 
     What the assistant writes is tokenised apart from the header before it, as it is when the model generates: else an
@@ -139,17 +156,21 @@ def encode_rendered(
     for as_text in (False, True):
         texts = [text for ps in pieces for _, text, literal in ps if literal == as_text]
         with plain_backend(tokenizer, controls_as_text=as_text) as backend:
-            encodings[as_text] = iter(backend.encode_batch(texts, add_special_tokens=False))
+            encodings[as_text] = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+    borders = _sure_borders(tokenizer)
     all_ids, all_trained = [], []
     for ps, (_, spans, _) in zip(pieces, rendered, strict=True):
         ids: list[int] = []
         ranges = []  # of trained tokens
         for start, text, literal in ps:
-            encoding = next(encodings[literal])
+            piece_ids = next(encodings[literal]).ids
             for a, z in spans:
                 if a <= start < z:  # pieces begin where spans begin, so a span covers a piece from its first token on
-                    ranges.append((len(ids), len(ids) + _tokens_before(encoding, z - start, len(text))))
-            ids += encoding.ids
+                    n = _tokens_before(z - start, text, piece_ids, borders)
+                    if n is None:
+                        n = _tokens_before_by_offsets(z - start, text, tokenizer, literal)
+                    ranges.append((len(ids), len(ids) + n))
+            ids += piece_ids
         trained = np.zeros(len(ids), dtype=bool)
         for a, z in ranges:
             trained[a:z] = True
@@ -170,13 +191,40 @@ def _pieces(text: str, spans: list[tuple[int, int]], mark: str) -> list[tuple[in
     return out
 
 
-def _tokens_before(encoding: Any, z: int, n_chars: int) -> int:
-    """Number of tokens that hold something of the first z characters."""
-    if z >= n_chars:
-        return len(encoding.ids)
-    # A token may hold characters on both sides of z, and character z - 1 may be spread over several tokens, of which
-    # char_to_token gives the first: hence both.
-    return max(encoding.char_to_token(z), encoding.char_to_token(z - 1) + 1)
+def _sure_borders(tokenizer: Any) -> dict[str, int]:
+    """Text → id of the added tokens that take exactly their own characters out of a text, wherever these stand."""
+    return {
+        token.content: i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+    }
+
+
+def _tokens_before(cut: int, text: str, ids: list[int], borders: dict[str, int]) -> int | None:
+    """Number of tokens that hold something of the first `cut` characters; None where the ids alone do not tell.
+
+    What the assistant writes ends, in nearly every template, beside a control token. When the text has as many of these
+    as the ids, counting them finds the border; offsets would cost the tokenizer a quarter more time.
+    """
+    if cut >= len(text):
+        return len(ids)
+    for content, i in borders.items():
+        ends, begins = text.endswith(content, 0, cut), text.startswith(content, cut)
+        if (ends or begins) and ids.count(i) == text.count(content):  # else a longer added token has swallowed one
+            at = -1
+            for _ in range(text.count(content, 0, cut) + (not ends)):
+                at = ids.index(i, at + 1)
+            return at + 1 if ends else at
+    return None
+
+
+def _tokens_before_by_offsets(cut: int, text: str, tokenizer: Any, literal: bool) -> int:
+    """The same number from the tokenizer's own account of where each character went."""
+    with plain_backend(tokenizer, controls_as_text=literal) as backend:
+        encoding = backend.encode(text, add_special_tokens=False)
+    # A token may hold characters on both sides of the cut, and the character before it may be spread over several
+    # tokens, of which char_to_token gives the first: hence both.
+    return max(encoding.char_to_token(cut), encoding.char_to_token(cut - 1) + 1)
 
 
 def encode_prompt(messages: list[dict], tools: list[dict] | None, tokenizer: Any, **options: Any) -> list[int]:
@@ -184,7 +232,7 @@ def encode_prompt(messages: list[dict], tools: list[dict] | None, tokenizer: Any
 
     What a user types cannot forge a turn here either.  Raises: ValueError as `encode_conversations`.
     """
-    rendered = render_conversation(messages, tools, tokenizer, add_generation_prompt=True, **options)
+    rendered = ChatRenderer(tokenizer)(messages, tools, add_generation_prompt=True, **options)
     return encode_rendered([rendered], tokenizer)[0][0].tolist()
 
 
@@ -201,101 +249,21 @@ def _guard(value: Any, controls: list[str], mark: str) -> Any:
     return value
 
 
-def _prepare_text(record: dict, tokenizer: Any) -> str:
-    return parse_text(record)
+def _text_reader(tokenizer: Any) -> Callable[[dict], str]:
+    return parse_text
 
 
-def _encode_prepared_texts(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], None]:
+def _encode_parsed_texts(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], None]:
     return encode_texts(texts, tokenizer), None
 
 
-def _prepare_sft(record: dict, tokenizer: Any) -> tuple[str, list[tuple[int, int]], str]:
-    return render_conversation(*parse_sft(record), tokenizer)
+def _sft_reader(tokenizer: Any) -> Callable[[dict], Rendered]:
+    render = ChatRenderer(tokenizer)
+    return lambda record: render(*parse_sft(record))
 
 
-PRETRAIN = RecordFormat("pretrain", _prepare_text, _encode_prepared_texts, masked=False)
-SFT = RecordFormat("sft", _prepare_sft, encode_rendered, masked=True)
-
-
-# ---- packing -------------------------------------------------------------------------------------
-
-
-def pack_best_fit(lengths: np.ndarray, max_seq_len: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing bin packing: longest segment first, each into the fullest row that still has room for it.
-
-    Segments of one length are interchangeable, so they are placed together: the work grows with the number of distinct
-    lengths, not of segments. For rows of a language model: Ding et al. 2024, arXiv:2404.10830.
-
-    Args:
-        lengths: (S,) tokens per segment, each in 1 … max_seq_len.
-        rng: mixes segments of equal length, and the rows.
-    Returns:
-        order: (S,) segment numbers, row by row; rows: (R + 1,) row r holds order[rows[r]:rows[r + 1]].
-    """
-    lengths = np.asarray(lengths)
-    if not len(lengths):
-        return np.zeros(0, np.int64), np.zeros(1, np.int64)
-    if not 1 <= lengths.min() <= lengths.max() <= max_seq_len:
-        raise ValueError(f"segment lengths {lengths.min()} … {lengths.max()}; expected 1 … {max_seq_len}")
-    by_length = rng.permutation(len(lengths))
-    by_length = by_length[np.argsort(-lengths[by_length], kind="stable")]
-    room_rows: list[list[np.ndarray]] = [[] for _ in range(max_seq_len + 1)]  # rows by the room they have left
-    rooms = 0  # bit r is set when room_rows[r] has rows
-    row_of = np.empty(len(lengths), dtype=np.int64)  # aligned with by_length
-    n_rows = 0
-
-    def keep(rows: np.ndarray, room: int) -> None:
-        nonlocal rooms
-        if room and len(rows):
-            room_rows[room].append(rows)
-            rooms |= 1 << room
-
-    distinct, starts = np.unique(-lengths[by_length], return_index=True)
-    for length, at, end in zip(
-        (-distinct).tolist(), starts.tolist(), [*starts[1:].tolist(), len(lengths)], strict=True
-    ):
-        while at < end:
-            fitting = rooms >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1  # the least room that suffices
-                rows = room_rows[room].pop()
-                if not room_rows[room]:
-                    rooms ^= 1 << room
-            else:
-                room = max_seq_len
-                rows = np.arange(n_rows, n_rows + -(-(end - at) // (room // length)))
-                n_rows += len(rows)
-            each = room // length  # best fit puts the next equal segment into the row just used, as long as it fits
-            n_full, rest = divmod(min(end - at, each * len(rows)), each)
-            row_of[at : at + n_full * each] = np.repeat(rows[:n_full], each)
-            keep(rows[:n_full], room - each * length)
-            at += n_full * each
-            used = n_full
-            if rest:  # the last segments of this length fill one row in part
-                row_of[at : at + rest] = rows[n_full]
-                keep(rows[n_full : n_full + 1], room - rest * length)
-                at += rest
-                used += 1
-            keep(rows[used:], room)
-    row_of = rng.permutation(n_rows)[row_of]  # neighbours in length are not neighbours in order
-    by_row = np.argsort(row_of, kind="stable")
-    return by_length[by_row], np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=n_rows))]).astype(np.int64)
-
-
-def split_records(hashes: np.ndarray, val_ratio: float, max_val_records: int) -> np.ndarray:
-    """(N,) bool, True for the validation part: a function of the record's own tokens, not of order or seed.
-
-    Equal records share a hash and so a side. At least one record is set aside when there are two different ones, and at
-    most `max_val_records` (more only when the first hash alone has more equal records).
-    """
-    if val_ratio <= 0 or len(hashes) < 2 or max_val_records < 1:
-        return np.zeros(len(hashes), dtype=bool)
-    distinct, counts = np.unique(hashes, return_counts=True)  # ascending hashes: a random but fixed order
-    if len(distinct) < 2:
-        return np.zeros(len(hashes), dtype=bool)
-    below = int(np.searchsorted(distinct, np.uint64(min(val_ratio * 2.0**64, 2.0**64 - 2048)), side="right"))
-    n = min(below, int(np.searchsorted(np.cumsum(counts), max_val_records, side="right")), len(distinct) - 1)
-    return hashes <= distinct[max(n, 1) - 1]
+PRETRAIN = RecordFormat("pretrain", _text_reader, _encode_parsed_texts, masked=False)
+SFT = RecordFormat("sft", _sft_reader, encode_rendered, masked=True)
 
 
 # ---- datasets ------------------------------------------------------------------------------------
@@ -368,7 +336,7 @@ class PackedDataset(torch.utils.data.Dataset):
             cache_dir = self.cache.folder.parent
             with user_errors(cache_dir), build_folder(folder, cache_dir, f"packing {path}") as tmp:
                 if tmp is not None:
-                    _write_plan(tmp, self.cache, settings)
+                    write_plan(tmp, self.cache, settings)
             meta = read_meta(folder)
         part = "val" if split == "val" else "train"
         self.stats: dict[str, Any] = {"records": len(self.cache), "skipped": self.cache.meta["skipped"], **meta[part]}
@@ -415,8 +383,14 @@ class PackedDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Rows of this dataset, stacked into a batch of tensors (B, T)."""
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        """Rows of this dataset, stacked into a batch of tensors (B, T).
+
+        They share one block of memory: a loading process hands over each block by a file and a connection of its own,
+        which costs more than filling it. In numpy, which wakes no threads that the training step keeps busy.
+        """
+        names = list(rows[0])
+        block = torch.from_numpy(np.stack([row[name].numpy() for name in names for row in rows]))  # (4 · B, T)
+        return dict(zip(names, block.chunk(len(names)), strict=True))
 
 
 class PretrainDataset(PackedDataset):
@@ -440,70 +414,15 @@ class SFTDataset(PackedDataset):
         filled up to whole 64s with position 0 and target IGNORE, so that few sizes occur and none is empty.
         """
         batch = PackedDataset.collate(rows)
-        following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-        positions = (following != IGNORE).nonzero().flatten()
+        labels = batch["labels"].numpy()
+        following = np.full_like(labels, IGNORE)
+        following[:, :-1] = labels[:, 1:]
+        following = following.ravel()
+        positions = np.flatnonzero(following != IGNORE)
         size = max(64, -(-len(positions) // 64) * 64)
-        batch["head_positions"] = torch.zeros(size, dtype=torch.long)
-        batch["head_positions"][: len(positions)] = positions
-        batch["targets"] = torch.full((size,), IGNORE)
-        batch["targets"][: len(positions)] = following[positions]
-        return batch
-
-
-def _write_plan(tmp: Path, cache: TokenCache, settings: dict) -> None:
-    """Which tokens make up which row, of both parts: {train,val}_{rows,starts,lengths}.npy and meta.json."""
-    width = settings["max_seq_len"]
-    offsets = cache.offsets.array
-    lengths = np.diff(offsets)
-    is_val = split_records(cache.hashes.array, settings["val_ratio"], settings["max_val_records"])
-    dropped = np.zeros(len(lengths), dtype=bool)
-    if cache.first_trained is not None:
-        # The first token of a segment is never predicted, so a mask that begins there begins at the second.
-        dropped = np.maximum(cache.first_trained.array, 1) >= np.minimum(lengths, width)
-    stats = {}
-    for part, here in (("train", ~is_val), ("val", is_val)):
-        mine = np.flatnonzero(here & ~dropped)
-        starts, sizes = offsets[mine], lengths[mine]
-        long = int((sizes > width).sum())
-        if cache.trained is not None:
-            sizes = np.minimum(sizes, width)
-            trained_tokens = _count_trained(cache, starts, sizes)
-        else:
-            trained_tokens = int((sizes - 1).sum())
-            pieces = np.maximum(
-                1, -(-(sizes - 1) // (width - 1))
-            )  # a piece begins with the last token of the one before
-            skip = (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * (width - 1)
-            starts, sizes = np.repeat(starts, pieces) + skip, np.minimum(np.repeat(sizes, pieces) - skip, width)
-        order, rows = pack_best_fit(sizes, width, np.random.default_rng(settings["seed"]))
-        np.save(tmp / f"{part}_starts.npy", starts[order].astype(np.int64))
-        np.save(tmp / f"{part}_lengths.npy", sizes[order].astype(np.int32))
-        np.save(tmp / f"{part}_rows.npy", rows)
-        n_rows, tokens = len(rows) - 1, int(sizes.sum())
-        stats[part] = {
-            "used": len(mine),
-            "dropped": int((here & dropped).sum()),
-            "truncated": long if cache.trained is not None else 0,
-            "split": long if cache.trained is None else 0,
-            "segments": len(sizes),
-            "tokens": tokens,
-            "trained_tokens": trained_tokens,
-            "rows": n_rows,
-            "fill": tokens / (n_rows * width) if n_rows else 0.0,
-        }
-    write_meta(tmp, {"settings": settings, **stats})
-
-
-def _count_trained(cache: TokenCache, starts: np.ndarray, lengths: np.ndarray, block: int = 1 << 16) -> int:
-    """Trained tokens of record heads but for the first token of each; `starts` ascend. Blockwise, in little memory."""
-    total = 0
-    for i in range(0, len(starts), block):
-        s, n = starts[i : i + block], lengths[i : i + block]
-        base = int(s[0])
-        sums = np.concatenate([[0], np.cumsum(cache.trained.array[base : int(s[-1] + n[-1])], dtype=np.int64)])
-        total += int((sums[s + n - base] - sums[s + 1 - base]).sum())
-        cache.trained.release()
-    return total
+        head_positions, targets = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
+        head_positions[: len(positions)], targets[: len(positions)] = positions, following[positions]
+        return batch | {"head_positions": torch.from_numpy(head_positions), "targets": torch.from_numpy(targets)}
 
 
 # ---- bytes per token -----------------------------------------------------------------------------

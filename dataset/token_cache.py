@@ -10,39 +10,36 @@
                                        meta.json    settings, counts, the size and sha256 of every file above
 
 The key is a hash of the file's content, of the tokenizer and of the record format: a changed file, tokenizer or chat
-template never meets an old cache. A cache is written into `<key>.building-*` and renamed when whole, under a lock that
-the operating system frees when its process dies: an interrupted run leaves nothing that is taken for a cache, and the
-next run removes what it left. Processes that want the same cache at the same time (ranks) wait for the first one and
-read its result. How the records are packed into rows is kept beside the tokens, in `<key>/rows-*` (lm_dataset.py).
+template never meets an old cache. The folder is written whole or not at all (cache_folder.py). How the records are
+packed into rows is kept beside the tokens, in `<key>/rows-*` (lm_dataset.py).
 
-中文：JSONL 只分词一次，结果写成内存映射的缓存；缓存名是“内容 + 分词器 + 格式”的哈希，写完整后才改名，
-所以中断的分词不会留下坏缓存。
+中文：JSONL 只分词一次，结果写成内存映射的缓存；缓存名是“内容 + 分词器 + 格式”的哈希。
 """
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import gc
 import hashlib
 import json
-import logging
-import mmap
 import os
 import re
-import secrets
 import shlex
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataset.cache_folder import CacheError, MappedArray, build_folder, read_meta, user_errors, write_meta
 from dataset.json_lines import DataError, Shard, check_file, parse_line, read_lines, scan_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,210 +49,23 @@ BATCH_BYTES = 1 << 18  # text handed to the tokenizer at once: enough to keep it
 PROCESS_BYTES = 8 << 20  # a further process has to have this much text to be worth starting
 BAD_KEPT = 20  # how many bad records are remembered word for word
 
-log = logging.getLogger(__name__)
-
-
-class CacheError(OSError):
-    """The token cache cannot be written or read. The message says what to type."""
+# scan_jsonl of the files this process has read already: the training and the validation part share one.
+_scanned: dict[tuple, tuple[str, list[Shard]]] = {}
 
 
 @dataclass(frozen=True)
 class RecordFormat:
     """How one stage reads a record. The functions live at module level, so that a spawned process can import them.
 
-    prepare(record, tokenizer) -> item           checks one parsed record; raises ValueError(reason) when it is bad
+    reader(tokenizer) -> read                    made once; read(record) -> item checks one parsed record and raises
+                                                 ValueError(reason) when it is bad
     encode(items, tokenizer) -> (ids, trained)   lists of int and of bool arrays; trained is None for plain text
     """
 
     name: str
-    prepare: Callable[[dict, Any], Any]
+    reader: Callable[[Any], Callable[[dict], Any]]
     encode: Callable[[list, Any], tuple[list[np.ndarray], list[np.ndarray] | None]]
     masked: bool
-
-
-# ---- the cache folder ----------------------------------------------------------------------------
-
-
-@contextmanager
-def user_errors(cache_dir: Path) -> Iterator[None]:
-    """Turns a full disk and a missing permission, however deeply wrapped, into one clear line."""
-    try:
-        yield
-    except (DataError, CacheError):
-        raise
-    except Exception as e:
-        chain: list[BaseException] = []
-        cause: BaseException | None = e
-        while cause is not None and cause not in chain:
-            chain.append(cause)
-            cause = cause.__cause__ or cause.__context__
-        codes = {getattr(c, "errno", None) for c in chain}
-        if {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)} & codes or any(
-            "No space left" in str(c) for c in chain
-        ):
-            free = shutil.disk_usage(_existing(cache_dir)).free / 1e9
-            raise CacheError(
-                f"the disk is full ({free:.2f} GB free) while writing the token cache in {cache_dir}; tokenising takes "
-                "about 1.5 times the bytes of the data file: free some, or name another disk with --cache_dir FOLDER"
-            ) from e
-        if {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST} & codes:
-            raise CacheError(
-                f"the token cache folder {cache_dir} cannot be written ({e}); name one you may write to with "
-                "--cache_dir FOLDER"
-            ) from e
-        raise
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-@contextmanager
-def build_folder(final: Path, cache_dir: Path, waiting_for: str) -> Iterator[Path | None]:
-    """Yields an empty folder to fill; renames it to `final` when the block ends without an exception.
-
-    Yields None when another process finished `final` while this one waited for the lock. What dead runs left in the
-    same place is removed first.
-    """
-    from filelock import FileLock, Timeout
-
-    final.parent.mkdir(parents=True, exist_ok=True)
-    locks = cache_dir / "locks"
-    locks.mkdir(exist_ok=True)
-    lock = FileLock(locks / f"{final.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("waiting for another process that is %s", waiting_for)
-        lock.acquire()
-    try:
-        if (final / "meta.json").exists() and _damage(final) is None:
-            yield None
-            return
-        for left in final.parent.glob("*.building-*"):
-            name = left.name.split(".building-")[0]
-            owner = lock if name == final.name else FileLock(locks / f"{name}.lock")
-            try:
-                with owner.acquire(timeout=0):
-                    shutil.rmtree(left, ignore_errors=True)
-            except Timeout:
-                continue  # its process is alive
-        tmp = final.with_name(f"{final.name}.building-{secrets.token_hex(4)}")
-        tmp.mkdir()
-        try:
-            yield tmp
-            for file in tmp.iterdir():
-                _fsync(file)
-            _fsync(tmp)
-            damaged = final.with_name(f"{final.name}.building-{secrets.token_hex(4)}")
-            if final.exists():
-                os.replace(final, damaged)
-            os.replace(tmp, final)
-            _fsync(final.parent)
-            shutil.rmtree(damaged, ignore_errors=True)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-    finally:
-        lock.release()
-
-
-def _fsync(path: Path) -> None:
-    """Makes a file, or on POSIX the entries of a folder, survive a power cut."""
-    if path.is_dir():
-        if os.name == "nt":
-            return
-        fd = os.open(path, os.O_RDONLY)
-    else:
-        fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_meta(folder: Path, meta: dict) -> None:
-    """meta.json, written last: the given facts and the size and sha256 of every file in the folder."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir()) if p.is_file()}
-    with open(folder / "meta.json", "w", encoding="utf-8", newline="\n") as f:
-        json.dump(meta | {"files": files}, f, ensure_ascii=False, indent=1)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# What this process has found already: the training and the validation part share a file and a cache.
-_checked: set[tuple] = set()  # folders whose sums are right
-_scanned: dict[tuple, tuple[str, list[Shard]]] = {}  # scan_jsonl of files
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a cache folder, None when it is whole."""
-    try:
-        files = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
-        seen = (str(folder), *sorted((n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in files))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"{type(e).__name__}: {e}"
-    if seen in _checked:
-        return None
-    for name, want in files.items():
-        size = (folder / name).stat().st_size
-        if size != want["bytes"]:
-            return f"{name} has {size} bytes, {want['bytes']} were written"
-        if _sha256(folder / name) != want["sha256"]:
-            return f"{name} differs from what was written"
-    _checked.add(seen)
-    return None
-
-
-def read_meta(folder: Path) -> dict | None:
-    """meta.json of a whole cache folder; None when there is none or it is damaged (which is said)."""
-    if not folder.is_dir():
-        return None
-    damage = _damage(folder)
-    if damage:
-        log.warning("the cache %s is damaged (%s): building it again", folder, damage)
-        return None
-    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-
-class MappedArray:
-    """A read-only array in a file, mapped on first use. Pickles as its path: a loading process opens its own map."""
-
-    def __init__(self, path: Path, dtype: str | None = None):
-        self.path, self.dtype = path, dtype
-        self._array: np.ndarray | None = None
-        self._map: mmap.mmap | None = None
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "dtype": self.dtype, "_array": None, "_map": None}
-
-    @property
-    def array(self) -> np.ndarray:
-        if self._array is None:
-            if self.dtype is None:
-                mapped = np.load(self.path, mmap_mode="r")
-            elif self.path.stat().st_size:
-                mapped = np.memmap(self.path, dtype=self.dtype, mode="r")
-            else:
-                mapped = np.zeros(0, self.dtype)  # an empty file cannot be mapped
-            self._map = getattr(mapped, "_mmap", None)
-            self._array = mapped.view(np.ndarray)  # slicing a memmap object itself costs microseconds more
-        return self._array
-
-    def release(self) -> None:
-        """Hands the pages read so far back to the system (they stay in its file cache): resident memory stays flat."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-
-# ---- tokenising ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -309,7 +119,8 @@ def cache_key(content_hash: str, tokenizer: Any, fmt: RecordFormat) -> str:
 def read_batches(
     path: Path, shard: Shard | None, fmt: RecordFormat, tokenizer: Any
 ) -> Iterator[tuple[list[int], list[Any], list[tuple[int, str]], int]]:
-    """Batches of about `BATCH_BYTES`: (line numbers, prepared items, bad records as (line, reason), bytes read)."""
+    """Batches of about `BATCH_BYTES`: (line numbers, items read, bad records as (line, reason), bytes read)."""
+    read = fmt.reader(tokenizer)
     lines: list[int] = []
     items: list[Any] = []
     bad: list[tuple[int, str]] = []
@@ -317,7 +128,7 @@ def read_batches(
     for number, raw in read_lines(path, shard):
         n_bytes += len(raw) + 1
         try:
-            items.append(fmt.prepare(parse_line(raw), tokenizer))
+            items.append(read(parse_line(raw)))
             lines.append(number)
         except ValueError as e:
             bad.append((number, str(e)))
@@ -330,7 +141,7 @@ def read_batches(
 
 def token_hash(ids: np.ndarray) -> int:
     """64 bits of the record's own tokens: equal records get the same side of the train / validation split."""
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
 
 
 def generate_rows(
@@ -352,20 +163,28 @@ def generate_rows(
                 raise DataError(bad[0][1])
             _stop_without_parent()
             ids, trained = fmt.encode(items, tokenizer) if items else ([], [])
-            ids = [np.ascontiguousarray(i, dtype=dtype) for i in ids]
+            tokens = np.concatenate([np.zeros(0, dtype), *ids], dtype=dtype, casting="unsafe")
+            offsets = np.cumsum([0, *map(len, ids)])
             row = {
-                "tokens": np.concatenate([np.zeros(0, dtype), *ids]),
-                "lengths": np.array([len(i) for i in ids], np.int64),
-                "hashes": np.array([token_hash(i) for i in ids], np.uint64),
+                "tokens": tokens,
+                "lengths": np.diff(offsets),
+                "hashes": np.array([token_hash(tokens[a:z]) for a, z in pairwise(offsets.tolist())], np.uint64),
             }
             if fmt.masked:
-                row["trained"] = np.concatenate([np.zeros(0, np.uint8), *trained]).astype(np.uint8)
-                row["first_trained"] = np.array([int(t.argmax()) if t.any() else len(t) for t in trained], np.int32)
+                row["trained"] = np.concatenate([np.zeros(0, bool), *trained])
+                row["first_trained"] = _first_true(row["trained"], offsets)
             # As bytes: `datasets` would turn an array into a list of Python numbers on its way into Arrow.
             row = {name: array.tobytes() for name, array in row.items()}
             row |= {"n_bad": len(bad), "bad": json.dumps(bad[:BAD_KEPT])}
             yield row
             done[shard.index] += n_bytes
+
+
+def _first_true(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Per record, mask[offsets[i]:offsets[i + 1]], where its first True stands; its length when it has none. int32."""
+    places = np.append(np.flatnonzero(mask), len(mask))
+    first = places[np.searchsorted(places, offsets[:-1])]
+    return (np.minimum(first, offsets[1:]) - offsets[:-1]).astype(np.int32)
 
 
 def _stop_without_parent() -> None:
@@ -494,7 +313,12 @@ def _tokenise(
         files = [f["filename"] for f in arrow.cache_files]
         del arrow  # its map would keep the file from being removed on Windows
         gc.collect()
-    except Exception:  # datasets wraps a worker's error in its own types; what was wrong with the data lies in files
+    except Exception as e:  # datasets wraps a worker's error in types of its own; what was wrong lies in files
+        cause: BaseException | None = e
+        while cause is not None:  # after Ctrl-C datasets asks its helpers for results, and their silence hides it
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            cause = cause.__cause__ or cause.__context__
         errors = [json.loads(p.read_text(encoding="utf-8")) for p in tmp.glob("error-*.json")]
         if errors:
             first = min(errors, key=lambda e: e["line"])
@@ -522,6 +346,24 @@ def _tokenise(
     )
 
 
+_starting: set[int] = set()  # this process, while it starts helpers
+
+
+def _end_with_parent() -> None:
+    """In a helper just forked: Linux ends it when its parent dies (prctl's PR_SET_PDEATHSIG), datasets' manager too."""
+    if not _starting:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its helpers
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() not in _starting:  # it died before we could ask
+            os._exit(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_with_parent)
+
+
 @contextmanager
 def _for_helpers(n_processes: int) -> Iterator[None]:
     """What several processes need: one tokenizer thread each (together they fill the cores), and shared memory.
@@ -537,9 +379,11 @@ def _for_helpers(n_processes: int) -> Iterator[None]:
     os.environ[name] = "false"
     gc.collect()
     gc.freeze()
+    _starting.add(os.getpid())
     try:
         yield
     finally:
+        _starting.clear()
         gc.unfreeze()
         if before is not None:
             os.environ[name] = before

@@ -104,8 +104,7 @@ def read_about(path: Path) -> dict:
 
     Raises: WeightsError when it is damaged.
     """
-    sidecar = path.with_suffix(".json")
-    if path.suffix != ".pth" or not sidecar.is_file():
+    if path.is_dir() or not (sidecar := path.with_suffix(".json")).is_file():
         return {}
     try:
         about = json.loads(sidecar.read_text(encoding="utf-8"))

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dataset.make_demo_data import is_right
-from model.generation import stop_ids
+from model.generation import NOT_A_NUMBER, Decoder, Sampling, stop_ids
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import WeightsError
 from scripts.terminal import chat_ids, decode, split_thinking
 from trainer.command_line import UserError
 
@@ -40,7 +42,7 @@ def read_questions(path: Path) -> list[dict]:
                 record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, line {number}: this is not UTF-8 text ({error.reason}).") from error
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: expected one JSON object per line ({error}).") from error
             if reason := question_fault(record):
                 raise UserError(f"{path}, line {number}: {reason}.")
@@ -78,11 +80,13 @@ def greedy_replies(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """The greedy answer to each prompt, in the order given. Prompts of like length share a left-padded batch."""
+    """The greedy answer to each prompt, in the order given, `batch_size` at a time."""
     stop = stop_ids(model, tokenizer)
+    if isinstance(model, MiniMindForCausalLM):
+        return decoder_replies(model, tokenizer, prompts, stop, max_new_tokens, batch_size)
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     replies = [""] * len(prompts)
-    # The longest first: if memory does not suffice, it shows at once.
+    # Prompts of like length share a left-padded batch. The longest first: if memory does not suffice, it shows at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with tqdm(total=len(prompts), unit="question", disable=None, leave=False) as bar:  # None: only on a terminal
         for start in range(0, len(order), batch_size):
@@ -101,6 +105,28 @@ def greedy_replies(
                 replies[i] = decode(tokenizer, ids[:end])
             bar.update(len(batch))
     return replies
+
+
+def decoder_replies(
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    stop: set[int],
+    max_new_tokens: int,
+    slots: int,
+) -> list[str]:
+    """`greedy_replies` of our own models: where an answer ends, the next question takes its place."""
+    longest = max(map(len, prompts), default=1) + max_new_tokens
+    decoder = Decoder(model, min(slots, max(len(prompts), 1)), longest)
+    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens, stop_ids=frozenset(stop))
+    requests = [decoder.add(prompt, sampling) for prompt in prompts]
+    with tqdm(total=len(prompts), unit="question", disable=None, leave=False) as bar:  # None: only on a terminal
+        while decoder.busy:
+            events = decoder.step()
+            if any(event.token is None for event in events):
+                raise WeightsError(NOT_A_NUMBER)
+            bar.update(sum(event.finish_reason is not None for event in events))
+    return [decode(tokenizer, request.answer) for request in requests]
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

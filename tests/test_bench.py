@@ -10,7 +10,7 @@ import pytest
 from dataset.lm_dataset import IGNORE, PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from scripts import bench_data, bench_recipe, bench_train
+from scripts import bench_data, bench_generate, bench_recipe, bench_train
 from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
@@ -61,6 +61,23 @@ def test_data_path_figures_agree_with_a_count(monkeypatch, tmp_path):
     assert row["fill"] == pytest.approx(real / (64 * len(data)))
     assert row["megabytes"] == pytest.approx(source.stat().st_size / 1e6)
     assert row["tokenise_mb_per_second"] > 0 and row["read_tokens_per_second"] > 0
+    assert len(data) > bench_data.BATCH_SIZE
+    assert row["null_model_tokens_per_second_0_workers"] > 0 and row["null_model_tokens_per_second_2_workers"] > 0
+
+
+def test_the_null_model_gets_every_row_of_an_epoch(monkeypatch, tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"Document {n}: " + "one two three " * (n % 7)}) for n in range(200)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    data = PretrainDataset(path, load_tokenizer(), 32, cache_dir=tmp_path / "cache", show_progress=False)
+    seen, clock = [], itertools.count(10.0, 2.0)
+    read = PretrainDataset.__getitem__
+    monkeypatch.setattr(PretrainDataset, "__getitem__", lambda self, row: seen.append(row) or read(self, row))
+    monkeypatch.setattr(bench_data, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    rate = bench_data.null_model_rate(data, 0, batch_size=4)
+    assert sorted(row for row in seen if row >= 0) == list(range(len(data)))
+    assert rate == pytest.approx((len(data) - 4) * data.stats["tokens"] / len(data) / 2)  # two seconds on that clock
+    assert bench_data.null_model_rate(data, 0, batch_size=len(data)) is None
 
 
 def test_repeated_file_has_the_size_asked_for_and_whole_lines(tmp_path):
@@ -160,3 +177,29 @@ def test_a_wide_model_has_the_weights_that_a_token_meets_in_the_experts():
     assert parameters[0] == parameters[1] - idle - 2 * 4 * 64  # and no routers
     with pytest.raises(UserError, match="expected HIDDENxLAYERS"):
         bench_train.read_size("64")
+
+
+def test_generation_speed_as_table_and_json(monkeypatch, capsys, tmp_path):
+    target = tmp_path / "generate.json"
+    small = ["--sizes", "64x1", "64x1moe", "--prompt_tokens", "5", "--new_tokens", "4", "--repeats", "3"]
+    flags = ["--batch_sizes", "1", "3", "--compile", "0", "--device", "cpu", "--json", target]
+    run(bench_generate, monkeypatch, *small, *flags)
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert report["machine"]["torch"]
+    assert [row["batch_size"] for row in report["rows"]] == [1] * 3 + [3] * 3 + [1] * 3 + [3] * 3
+    for first in range(0, 12, 3):
+        for row in report["rows"][first : first + 3]:
+            middle = sorted(row["seconds"])[1]
+            assert row["tokens_per_second"] == pytest.approx(row["batch_size"] * 4 / middle)
+            assert row["times_generate"] == pytest.approx(sorted(report["rows"][first]["seconds"])[1] / middle)
+    assert capsys.readouterr().out.count("| decoder |") == 8  # once while it runs, once in the table
+
+
+def test_what_generation_cannot_measure_is_one_clear_line(monkeypatch, tmp_path):
+    flags = ["--new_tokens", "2", "--device", "cpu"]
+    with pytest.raises(UserError, match="expected HIDDENxLAYERS"):
+        run(bench_generate, monkeypatch, "--sizes", "64", *flags)
+    with pytest.raises(UserError, match=r"--gguf .*none\.gguf does not exist"):
+        run(bench_generate, monkeypatch, "--sizes", "64x1", "--compile", "0", "--gguf", tmp_path / "none.gguf", *flags)
+    with pytest.raises(UserError, match="--repeats 0 is impossible"):
+        run(bench_generate, monkeypatch, "--repeats", "0")

@@ -1,6 +1,7 @@
 """check_data: what it counts, what it refuses, and that the preview shows exactly the trained tokens."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,23 @@ def test_a_good_sft_file(check, tokenizer):
     assert f"longest {max(map(len, ids))}" in out and "longer than  64: 1 (25.0 %) lose their end" in out
     assert re.search(r"packed +\d+ rows of 64, \d+\.\d % of them real tokens", out)
     assert "Chinese 25.0 % of records" in out and "English 75.0 % of records" in out
+
+
+def test_a_file_without_a_row_to_train_on_is_status_1(check):
+    rc, out, err = check([chat("x " * 50, "y")], "--stage", "sft", "--max_seq_len", "8")
+    assert (rc, err) == (1, "") and number("records", out) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell's pipe")
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", [chat(f"Hi {n}", "Hello") for n in range(50)])
+    flags = ["--stage", "sft", "--preview", "50", "--cache_dir", str(tmp_path / "cache")]
+    command = [sys.executable, str(Path(check_data.__file__)), str(path), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 1 and "Traceback" not in error
 
 
 def test_the_preview_marks_exactly_the_trained_tokens(check, tokenizer):

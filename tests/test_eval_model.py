@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval_model
 from eval_model import Chat, Settings
+from model.decode_step import DecodeStep
 from model.generation import stream_generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_tokenizer, save_weights
@@ -609,24 +610,21 @@ def test_piped_chat_from_another_folder(out_dir, tokenizer_folder, tmp_path):
 
 
 @pytest.fixture
-def sigint_in_each_answer():
-    """The signal of Ctrl-C comes to this process in the middle of the model's fifth forward pass of each answer."""
-    passes = 0
+def sigint_in_each_answer(monkeypatch):
+    """The signal of Ctrl-C comes to this process in the middle of the model's fifth pass of each answer."""
+    passes, forward = 0, DecodeStep.forward
 
-    def count(module, args):
+    def count(self, tokens, *args):
         nonlocal passes
-        if isinstance(module, MiniMindForCausalLM):
-            passes = passes + 1 if args[0].shape[1] == 1 else 1  # a longer input is the prompt of a new answer
-            if passes == 5:
-                signal.raise_signal(signal.SIGINT)
+        passes = passes + 1 if tokens.shape[1] == 1 else 1  # a longer input is the prompt of a new answer
+        if passes == 5:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, tokens, *args)
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-        signal.signal(signal.SIGINT, handler)
+    monkeypatch.setattr(DecodeStep, "forward", count)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_sigint_stops_the_answer_only(cli, sigint_in_each_answer):

@@ -1,5 +1,6 @@
 """Data layer: formats, the mask against literal tokens, packing against a naive oracle, the cache under bad luck."""
 
+import contextlib
 import errno
 import json
 import os
@@ -17,8 +18,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from dataset import json_lines, record_formats
+from dataset import json_lines, packing, record_formats
 from dataset import lm_dataset as lm
 from dataset import token_cache as tc
 from dataset.lm_dataset import (
@@ -172,6 +174,63 @@ def test_same_as_transformers(tokenizer):
         theirs = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
         assert ids[i].tolist() == theirs["input_ids"]
         assert trained[i].astype(int).tolist() == theirs["assistant_masks"]
+
+
+def with_template(tokenizer, template):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    copy.chat_template = template
+    return copy
+
+
+TURN = "<|im_start|>{{ m.role }}\n"
+TEMPLATES = {  # they differ in where the assistant's part ends: before, after or beside no control token, in a word
+    "shipped": None,
+    "end outside": f"{TURN}{{% generation %}}{{{{ m.content }}}}{{% endgeneration %}}<|im_end|>\n",
+    "newline inside": f"{TURN}{{% generation %}}{{{{ m.content }}}}<|im_end|>\n{{% endgeneration %}}",
+    "no control": "A: {% generation %}{{ m.content }}{% endgeneration %} ~\n",
+    "glued": "A{% generation %}{{ m.content }}{% endgeneration %}x",
+    "other names": "{% generation %}{{ m.thinking }}{{ m.content|trim }}{{ eos_token }}{% endgeneration %}{{ tools }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_any_template_decides_text_and_mask(name, tokenizer):
+    """Text as from transformers, mask as the offsets of all tokens have it (the code asks for them where it must)."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    each, after = TEMPLATES[name], "{{ add_generation_prompt }}{{ documents }}"
+    template = "{% for m in messages %}" + each + "{% endfor %}" + after if each else tokenizer.chat_template
+    mine = with_template(tokenizer, template)
+    conversations = [
+        TOOL_TURNS,
+        [user("a"), assistant("b"), user("  c"), assistant("🙂 é\n")],
+        [user("a"), assistant("x", reasoning_content="why")],
+    ]
+    for turns in conversations:
+        messages, tools = record_formats.parse_conversation(turns)
+        options = {"tools": tools, "chat_template": mine.chat_template, "return_assistant_tokens_mask": True}
+        (text,), (spans,) = render_jinja_template([messages], **options, **mine.special_tokens_map)
+        assert lm.ChatRenderer(mine)(messages, tools) == (text, spans, "")
+        starts = sorted({0, *(a for a, _ in spans)})
+        ids, trained = [], []
+        for a, z in zip(starts, [*starts[1:], len(text)], strict=True):
+            encoding = mine.backend_tokenizer.encode(text[a:z], add_special_tokens=False)
+            ids += encoding.ids
+            trained += [any(s <= a + first < end for s, end in spans) for first, _ in encoding.offsets]
+        assert encoded(mine, turns) == (ids, trained)
+
+
+def test_a_border_is_counted_only_where_that_is_exact(tokenizer):
+    borders = {"<|im_end|>": EOS, "<|im_start|>": BOS}
+    assert lm._sure_borders(tokenizer).items() >= borders.items()
+    text, ids = "a<|im_end|>b<|im_end|>\n<|im_start|>c", [7, EOS, 8, EOS, 9, BOS, 10]
+    counts = [lm._tokens_before(cut, text, ids, borders) for cut in range(1, len(text) + 1)]
+    known = {1: 1, 11: 2, 12: 3, 22: 4, 23: 5, 35: 6, 36: 7}
+    assert counts == [known.get(cut) for cut in range(1, len(text) + 1)]
+    assert lm._tokens_before(11, text, [7, EOS, 8, 11, BOS, 10], borders) is None, "a longer token took the second one"
+    loose = pickle.loads(pickle.dumps(tokenizer))
+    loose.add_tokens([AddedToken("<loose>", normalized=False, lstrip=True), AddedToken("<sure>", normalized=False)])
+    assert {"<loose>", "<sure>"} & set(lm._sure_borders(loose)) == {"<sure>"}
 
 
 def test_batch_equals_each_alone(tokenizer):
@@ -455,6 +514,15 @@ def test_a_batch_of_conversations_names_its_trained_positions(tokenizer, tmp_pat
     assert nothing["targets"].tolist() == [IGNORE] * 64
 
 
+def test_a_loading_process_hands_over_the_rows_in_one_piece(tokenizer, tmp_path, here):
+    data = PretrainDataset(text_file(tmp_path / "a.jsonl"), tokenizer, 32, **here)
+    rows = [data[0], data[-1], data[2]]
+    batch = PretrainDataset.collate(rows)
+    assert list(batch) == list(rows[0])
+    assert all(torch.equal(batch[name], torch.stack([row[name] for row in rows])) for name in batch)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in batch.values()}) == 1
+
+
 def test_filler_row_trains_on_nothing(tokenizer, tmp_path, here):
     data = SFTDataset(chat_file(tmp_path / "a.jsonl", 5), tokenizer, 32, **here)
     row = data[-1]
@@ -514,7 +582,7 @@ def test_split_sizes(n, ratio, cap, expected, tokenizer, tmp_path, here):
 
 
 def test_a_file_of_equal_records_keeps_them_for_training():
-    assert not lm.split_records(np.full(10, 7, np.uint64), 0.5, 5).any()
+    assert not packing.split_records(np.full(10, 7, np.uint64), 0.5, 5).any()
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -583,6 +651,13 @@ def test_a_damaged_cache_is_noticed_and_built_again(harm, folder, tokenizer, tmp
     assert "damaged" in caplog.text
     assert file.read_bytes() == whole
     assert not list(here["cache_dir"].rglob("*.building-*"))
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=5), min_size=1, max_size=9))
+def test_first_trained_token_of_each_record(masks):
+    offsets = np.cumsum([0, *map(len, masks)])
+    expected = [mask.index(True) if True in mask else len(mask) for mask in masks]
+    assert tc._first_true(np.array(sum(masks, []), bool), offsets).tolist() == expected
 
 
 def test_several_processes_give_the_files_of_one(tokenizer, tmp_path, monkeypatch):
@@ -807,6 +882,17 @@ def build_command(path, cache, pause, n):
     return [sys.executable, "-c", BUILD.format(root=str(ROOT), path=str(path), cache=str(cache), pause=pause, n=n)]
 
 
+def alive_in_group(group: int) -> list[int]:
+    """Processes of a group, from Linux's /proc; those that only wait to be collected do not count."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, pgrp = stat.read_text().rsplit(") ", 1)[1].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                alive.append(int(stat.parent.name))
+    return alive
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 @pytest.mark.parametrize("n_processes", [1, 2])
@@ -823,6 +909,11 @@ def test_a_killed_tokenisation_harms_nothing(n_processes, tokenizer, tmp_path, h
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
+        if sys.platform == "linux":  # its helpers, and the manager that `datasets` starts, go with it
+            deadline = time.monotonic() + 10
+            while alive_in_group(process.pid):
+                assert time.monotonic() < deadline, alive_in_group(process.pid)
+                time.sleep(0.05)
         assert [p.name.split("-")[0] for p in cache.iterdir() if "building" not in p.name] == ["locks"]
         data = PretrainDataset(path, tokenizer, 32, **here)  # waits for orphans to end, then clears up
         assert data.stats["records"] == 400

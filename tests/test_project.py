@@ -138,7 +138,7 @@ def test_readme_names_only_what_exists(readme):
         if script.parent.name == "trainer":
             sources.append((ROOT / "trainer" / "trainer_utils.py").read_text(encoding="utf-8"))
         for flag in re.findall(r"\s--(no-)?([a-z_]+)", line[line.index(".py") :]):
-            assert any(f"--{flag[1]}" in source for source in sources), f"{line}: no such flag --{flag[1]}"
+            assert any(f'"--{flag[1]}"' in source for source in sources), f"{line}: no such flag --{flag[1]}"
 
 
 def test_both_readmes_show_the_same_commands_and_figures():

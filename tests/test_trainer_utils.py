@@ -664,7 +664,7 @@ def test_an_earlier_run_is_kept_aside(tmp_path, capsys):
     checkpoint.start_folder(folder, weights)
     assert not previous.exists() and capsys.readouterr().out == ""  # an empty folder is no earlier run
     for step in (1, 2):
-        checkpoint.save_state(folder, state(step), {"progress": step}, step)
+        checkpoint.save_state(folder, state(step), {"progress": {"step": step, "finished": True}}, step)
         weights.write_bytes(bytes([step]))
         checkpoint.start_folder(folder, weights)
         # Stopped before it saved anything, twice: what is kept stays the run that was worth it.
@@ -675,7 +675,27 @@ def test_an_earlier_run_is_kept_aside(tmp_path, capsys):
         assert list(folder.iterdir()) == []
         assert "an earlier run was here" in capsys.readouterr().out
         path, facts = checkpoint.newest_state(previous)
-        assert (path.name, facts["progress"]) == (f"step_{step:08d}.pt", step)  # only the last one is kept
+        assert (path.name, facts["progress"]["step"]) == (f"step_{step:08d}.pt", step)  # only the last one is kept
+
+
+def test_false_starts_do_not_push_out_a_longer_run(tmp_path, capsys):
+    """Ctrl-C saves, so a run stopped after two updates has a state; it is not worth the one of 300 kept aside."""
+    folder, weights = tmp_path / "runs" / "pretrain_64", tmp_path / "pretrain_64.pth"
+    for step, finished in ((300, True), (2, False), (1, False)):
+        checkpoint.start_folder(folder, weights)
+        checkpoint.save_state(folder, state(step), {"progress": {"step": step, "finished": finished}}, step)
+        weights.write_bytes(b"good" if finished else b"bad")
+    checkpoint.start_folder(folder, weights)
+    previous = folder.with_name("pretrain_64.previous")
+    assert checkpoint.newest_state(previous)[1]["progress"]["step"] == 300
+    assert (previous / "pretrain_64.pth").read_bytes() == b"good" and list(folder.iterdir()) == []
+    assert "the unfinished run of 1 updates is dropped; one of 300 is kept in" in capsys.readouterr().out
+    # A longer one takes its place, and so does a finished one.
+    checkpoint.save_state(folder, state(400), {"progress": {"step": 400, "finished": False}}, 400)
+    checkpoint.start_folder(folder, weights)
+    assert checkpoint.newest_state(previous)[1]["progress"]["step"] == 400
+    with pytest.raises(UserError, match=r"an earlier run is kept in .*pretrain_64\.previous: rename it"):
+        checkpoint.find_run(tmp_path, "pretrain")
 
 
 def test_resumed_flags_are_those_of_the_run_unless_given_again(tmp_path):

@@ -23,6 +23,7 @@ from model.weights import (
     atomic_open,
     find_weights,
     load_model,
+    read_about,
     read_state_dict,
     save_weights,
     weight_path,
@@ -266,6 +267,14 @@ def test_damaged_sidecar(text, tmp_path):
     with pytest.raises(WeightsError, match="Delete it") as caught:
         load_model(path)
     one_line(caught, path.with_suffix(".json"))
+
+
+def test_sidecar_counts_whatever_the_file_is_called(tmp_path, monkeypatch):
+    """Heads cannot be read off the weights: without the JSON they would silently be taken for eight."""
+    save_weights(tiny(num_attention_heads=4, num_key_value_heads=2), tmp_path / "x.pt")
+    assert load_model(tmp_path / "x.pt").config.num_attention_heads == 4
+    monkeypatch.chdir(tmp_path)
+    assert read_about(Path(".")) == {}  # a folder has none
 
 
 def test_sidecar_of_another_model(tmp_path):

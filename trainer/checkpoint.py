@@ -6,7 +6,9 @@ another checksum, was cut off, and the one before is used.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -117,7 +119,9 @@ def find_run(out_dir: str | Path, stage: str, hidden_size: int | None = None, us
             found.append((max(state.stat().st_mtime for state in states), folder))
     if not found:
         folder = Path(out_dir) / "runs"
-        raise UserError(f"--resume found no saved state of {stage} in {folder}; start without --resume.")
+        kept = ", ".join(str(path) for path in sorted(folder.glob(f"{stage}_*.previous")))
+        hint = f" (an earlier run is kept in {kept}: rename it to resume it)" if kept else ""
+        raise UserError(f"--resume found no saved state of {stage} in {folder}{hint}; start without --resume.")
     return max(found)[1]
 
 
@@ -138,6 +142,8 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
         value = getattr(args, name, None)
         if value and (name != "from_weight" or (value not in STAGES and Path(value).is_file())):
             setattr(args, name, str(Path(value).resolve()))
+    if args.use_wandb and importlib.util.find_spec("wandb") is None:  # before an earlier run is moved aside
+        raise UserError("--use_wandb needs the wandb package: pip install wandb, or leave the flag out.")
     args.given = dict(vars(args))
     args.saved_config = newest[1]["config"] if args.resume else None
     check_writable(args.out_dir, "--out_dir")
@@ -154,13 +160,25 @@ def check_signature(saved: dict, now: dict) -> None:
             )
 
 
+def last_progress(folder: Path) -> dict | None:
+    """The progress of the newest state of a run folder, None where there is none."""
+    for path in sorted(folder.glob("step_*.json"), reverse=True):  # written last: a state is whole
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(path.read_text(encoding="utf-8"))["progress"]
+    return None
+
+
 def start_folder(folder: Path, weights: Path) -> None:
     """Makes an empty run folder. An earlier run that saved something moves to `NAME.previous`, its weights with it.
 
     One run is kept there. One that was stopped before it saved is dropped: it must not push out a run that is worth it.
     """
-    if any(folder.glob("step_*.json")):  # written last: a state is whole
-        previous = folder.with_name(folder.name + ".previous")
+    previous = folder.with_name(folder.name + ".previous")
+    here, there = last_progress(folder), last_progress(previous)
+    if here and there and not here["finished"] and here["step"] < there["step"]:
+        shutil.rmtree(folder)
+        print(f"the unfinished run of {here['step']} updates is dropped; one of {there['step']} is kept in {previous}")
+    elif any(folder.glob("step_*.json")):
         if previous.exists():
             shutil.rmtree(previous)
         folder.rename(previous)

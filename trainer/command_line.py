@@ -39,7 +39,7 @@ def run_script(main: Callable[[], None]) -> None:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         hint = "" if type(error) is not ValueError else " [set MINIMIND_TRACEBACK=1 to see where]"
         if getattr(error, "errno", None) == errno.ENOSPC:
-            hint = ". Free some space or name another --out_dir; a run that saved a state goes on with --resume"
+            hint = ". Free some space, or write to another disk; a run that saved a state goes on with --resume"
         print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
         leave(2)
     except torch.OutOfMemoryError:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from model.weights import atomic_open
 from trainer.checkpoint import Keeper
-from trainer.command_line import UserError
 from trainer.trainer_utils import Run
 
 # Dense bf16 (fp16 before Ampere) tensor-core peaks in TFLOP/s from the vendor's data sheets, without sparsity. The
@@ -184,8 +183,12 @@ class RunLog:
             return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8", newline="\n") as f:
-            f.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8", newline="\n") as f:
+                f.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+        except OSError as error:  # a full disk shows when the file is flushed, and then without a name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if self.wandb:
             self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
 
@@ -233,10 +236,8 @@ def clock(seconds: float) -> str:
 
 
 def start_wandb(args, stage: str, run_id: str | None):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--use_wandb needs the wandb package: pip install wandb, or leave the flag out.") from None
+    import wandb  # it is there: checkpoint.parse_flags has looked
+
     return wandb.init(project=args.wandb_project, name=stage, id=run_id, resume="allow", config=vars(args))
 
 

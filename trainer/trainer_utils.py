@@ -177,7 +177,7 @@ def keep_freed_memory() -> None:
     """Tells the C library (glibc) to keep freed memory for the next update instead of giving it back to the system.
 
     By default every tensor of more than 32 MiB is mapped anew, and each of its pages costs a fault when first written:
-    a third of the time of a training step on a CPU (trainer/LOG.md). The price: memory stays at its peak.
+    a quarter of the time of a training step on a CPU (trainer/LOG.md). The price: memory stays at its peak.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: it keeps its own ways
         library = ctypes.CDLL(None)
@@ -325,8 +325,11 @@ def find_data(given: str | None, known_names: Iterable[str], demo_name: str, run
             return ROOT / "dataset" / name
     from dataset.make_demo_data import generate
 
-    with run.main_first():
-        return generate(ROOT / "dataset" / "demo")[demo_name]
+    try:
+        with run.main_first():
+            return generate(ROOT / "dataset" / "demo")[demo_name]
+    except OSError as error:
+        raise UserError(f"the demo data cannot be written ({error}); give a file with --data_path.") from error
 
 
 def load_splits(dataset_class: type[Dataset], args: argparse.Namespace, tokenizer: object, run: Run) -> list[Dataset]:
