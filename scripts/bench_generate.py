@@ -71,7 +71,7 @@ def by_decoder(
 def by_llama_cpp(path: str, prompts: torch.Tensor, new_tokens: int) -> Callable[[], None]:
     """A turn of llama.cpp on one prompt, with as many threads as torch.  Raises: UserError."""
     if not Path(path).is_file():
-        raise UserError(f"--gguf {path} does not exist; scripts/convert_model.py writes such a file.")
+        raise UserError(f"--gguf {path} does not exist; give a GGUF file of the same size of model.")
     try:
         llama_cpp = importlib.import_module("llama_cpp")  # no requirement of the project
     except ImportError as error:

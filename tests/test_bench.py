@@ -1,8 +1,10 @@
 """The measuring scripts measure what they say: figures that agree with each other and with a count made here."""
 
+import argparse
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from dataset.lm_dataset import IGNORE, PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from scripts import bench_data, bench_generate, bench_recipe, bench_train
+from scripts import bench_data, bench_generate, bench_gpu, bench_recipe, bench_train
 from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
@@ -203,3 +205,37 @@ def test_what_generation_cannot_measure_is_one_clear_line(monkeypatch, tmp_path)
         run(bench_generate, monkeypatch, "--sizes", "64x1", "--compile", "0", "--gguf", tmp_path / "none.gguf", *flags)
     with pytest.raises(UserError, match="--repeats 0 is impossible"):
         run(bench_generate, monkeypatch, "--repeats", "0")
+
+
+@pytest.mark.slow
+def test_all_gpu_figures_in_one_call_tried_on_tiny_models(monkeypatch, capfd, tmp_path):
+    flags = ["--small", "--device", "cpu", "--out_dir", tmp_path / "out", "--only", "moe", "recipe", "generate"]
+    with pytest.raises(UserError, match="not measured: recipe: needs --pretrain$"):
+        run(bench_gpu, monkeypatch, *flags)
+    assert "measured 2 of 3 steps" in capfd.readouterr().out
+    moe = json.loads((tmp_path / "out" / "gpu_moe.json").read_text(encoding="utf-8"))
+    assert [row["size"] for row in moe["rows"]] == ["64x1moe", "64x1wide"]
+    assert json.loads((tmp_path / "out" / "gpu_generate.json").read_text(encoding="utf-8"))["rows"]
+    with pytest.raises(UserError, match="moe: takes about 50 s, 1 s were left"):
+        run(bench_gpu, monkeypatch, "--limit", "1", "--only", "moe", "--out_dir", tmp_path / "out")
+    assert sum(step.seconds for step in bench_gpu.STEPS.values()) < 700  # the last ones may not fit into 520
+
+
+def test_every_gpu_step_is_a_command_that_its_script_takes(monkeypatch, tmp_path):
+    """With the flags as they are: each script reads them, and would start."""
+
+    class Read(Exception):
+        pass
+
+    def stop(parser, *given):
+        original(parser, *given)  # exits with status 2 at a flag or value it does not know
+        raise Read
+
+    original = argparse.ArgumentParser.parse_args
+    args = SimpleNamespace(small=False, out_dir=tmp_path, device="cuda", pretrain="a.jsonl", sft="b.jsonl")
+    for name in bench_gpu.STEPS:
+        _, script, *words = bench_gpu.arguments_of(name, args)
+        module = {"bench_train": bench_train, "bench_recipe": bench_recipe, "bench_generate": bench_generate}
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Read):
+            run(module[Path(script).stem], monkeypatch, *words)
