@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import random
 import sys
 import time
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from model.generation import Decoder, stop_ids, stream_generate  # noqa: E402
+from model.generation import Decoder, Sampling, stop_ids, stream_generate  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.weights import (  # noqa: E402
     STAGES,
@@ -112,12 +111,11 @@ class Settings:
     enable_thinking: bool | None = None
 
     def __post_init__(self):
+        try:
+            Sampling(**self.sampling(), max_new_tokens=self.max_new_tokens)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         for name, good, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (the likeliest token, always) or more, as in 0.7"),
-            ("top_p", 0 <= self.top_p <= 1, "a share between 0 and 1 (1 = off)"),
-            ("top_k", self.top_k >= 0, "a whole number, 0 or more (0 = off)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a factor above 0 (1 = off, 1.1 = mild)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 token or more"),
             ("max_seq_len", self.max_seq_len >= 8, "8 tokens or more"),
             ("history_cnt", self.history_cnt in range(0, 2**31, 2), "an even number, 2 an exchange (0 = no memory)"),
             ("seed", 0 <= self.seed < 2**63, "a whole number, 0 or more"),

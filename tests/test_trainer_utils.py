@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -747,6 +748,25 @@ def test_errors_carry_the_rank_and_a_bug_shows_its_traceback(capsys, monkeypatch
         run_script(main)
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's ways, Linux's count of page faults")
+def test_kept_memory_costs_no_page_faults_when_used_again():
+    code = """
+import resource, sys, torch
+from trainer import trainer_utils
+if sys.argv[1] == "keep":
+    trainer_utils.keep_freed_memory()
+torch.ones(2**25)  # 128 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, way], cwd=utils.ROOT, capture_output=True, check=True).stdout)
+        for way in ("keep", "default")
+    )
+    assert kept < given_back / 4, (kept, given_back)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:x", "toaster", "cpu:1", ""])
