@@ -757,9 +757,9 @@ import resource, sys, torch
 from trainer import trainer_utils
 if sys.argv[1] == "keep":
     trainer_utils.keep_freed_memory()
-torch.ones(2**25)  # 128 MiB
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**25)
+for _ in range(8):  # 128 MiB each; where the first few come to lie is chance
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     kept, given_back = (
