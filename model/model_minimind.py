@@ -293,10 +293,12 @@ def plain_attention(
     if is_causal:
         T, S = scores.shape[-2:]
         attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        # Finite: a padding query that may see nothing would divide 0 by 0, and its NaN would spread from the cache.
-        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    # Finite, not −∞: a padding query that may see nothing would divide 0 by 0, and its NaN would spread from the cache.
+    lowest = torch.finfo(scores.dtype).min
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, lowest)
+    elif attn_mask is not None:
+        scores = (scores + attn_mask).clamp(min=lowest)
     return F.dropout(scores.softmax(-1), dropout_p).to(v.dtype) @ v
 
 
@@ -597,7 +599,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        head_positions: Tensor | None = None,
+        need_logits: bool = True,
         documents: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
@@ -613,11 +615,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             past_key_values: a transformers cache; one is made when `use_cache` and none is given.
             labels: (B, T) aligned with input_ids; the loss shifts them by one; -100 is ignored.
             logits_to_keep: only the last n positions (0: all) or the positions of an index tensor go through the head.
-            head_positions: (N,) positions b·T + t over all rows; only these go through the head, the logits are (N, V).
+            need_logits: False leaves out the head, for losses that take `.hidden_states` through it in pieces.
             documents: (B, T) ids of packed documents; attention stays inside a document, -1 marks padding.
             num_items_in_batch: divides the summed loss instead of the number of labels here (transformers' Trainer).
 
-        Returns: .loss (mean nats per label, without the balance loss), .logits (B, T or n, V) or (N, V), .aux_loss (),
+        Returns: .loss (mean nats per label, without the balance loss), .logits (B, T or n, V) or None, .aux_loss (),
         .expert_load (L, E), the slots that each expert got (None without experts), .past_key_values, .hidden_states:
         the final normed states (B, T, D), or with `output_hidden_states` the tuple of all L + 1 states.
         """
@@ -632,16 +634,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         hidden = out.last_hidden_state
-        if head_positions is not None:
-            logits = self.lm_head(hidden.flatten(0, 1)[head_positions])
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])  # slice(-0, None) keeps all
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]) if need_logits else None  # slice(-0, None) keeps all
 
         loss = None
         if labels is not None:
-            if logits.shape[:-1] != labels.shape:
-                raise ValueError("labels need the logits of every position: no logits_to_keep, no head_positions")
+            if logits is None or logits.shape[:-1] != labels.shape:
+                raise ValueError("labels need the logits of every position: no logits_to_keep, no need_logits=False")
             targets = labels[:, 1:].flatten()
             nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
             count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()

@@ -29,7 +29,7 @@ from trainer import run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import UserError, run_script
 from trainer.optimizer import OPTIMIZERS, make_optimizer
-from trainer.train_pretrain import token_nll
+from trainer.train_pretrain import summed_nll
 
 
 def read_size(text: str) -> MiniMindConfig:
@@ -57,7 +57,7 @@ def measure(case: dict) -> dict:
     config = read_size(case["size"])
     raw_model = MiniMindForCausalLM(config).to(run.device).train()
     args = argparse.Namespace(compile=case["compile"])
-    model, nll = utils.compile_and_wrap(raw_model, token_nll, run, args)
+    model, nll = utils.compile_and_wrap(raw_model, summed_nll, run, args)
     optimizer = make_optimizer(raw_model, 0.1, run.device, case["optimizer"], run.dtype)
     shape = (case["batch_size"], case["seq_len"])
     input_ids = torch.randint(3, config.vocab_size, shape, device=run.device)
@@ -67,8 +67,9 @@ def measure(case: dict) -> dict:
 
     def update() -> None:
         with run.autocast():
-            out = model(input_ids, position_ids=position_ids, documents=documents)
-            loss = nll(out.logits, input_ids).sum() / input_ids.numel() + out.aux_loss
+            out = model(input_ids, position_ids=position_ids, documents=documents, need_logits=False)
+            nats = nll(out.hidden_states, raw_model.lm_head.weight, {"labels": input_ids})
+            loss = nats / input_ids.numel() + out.aux_loss
         run.scaler.scale(loss).backward()
         run.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)

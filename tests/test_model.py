@@ -511,12 +511,13 @@ def test_logits_to_keep():
         model(x, labels=x, logits_to_keep=1)
 
 
-def test_head_positions_over_all_rows():
+def test_hidden_states_without_the_head():
     model, x = tiny(), ids(3, 9)
-    full = model(x).logits
-    close(model(x, head_positions=torch.tensor([9 + 4, 0, 26, 0])).logits, full[[1, 0, 2, 0], [4, 0, 8, 0]])
-    with pytest.raises(ValueError, match="head_positions"):
-        model(x, labels=x, head_positions=torch.tensor([1]))
+    out = model(x, need_logits=False)
+    assert out.logits is None
+    close(out.hidden_states @ model.lm_head.weight.T, model(x).logits)
+    with pytest.raises(ValueError, match="need_logits"):
+        model(x, labels=x, need_logits=False)
 
 
 def test_inputs_embeds():

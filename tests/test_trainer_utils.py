@@ -27,6 +27,7 @@ from model.model_minimind import IGNORE, MiniMindConfig, MiniMindForCausalLM
 from trainer import checkpoint, run_log, train_full_sft, train_pretrain
 from trainer import trainer_utils as utils
 from trainer.checkpoint import Progress
+from trainer.chunked_nll import chunked_nll, nll_and_gradient
 from trainer.command_line import UserError, run_script
 from trainer.trainer_utils import RowOrder, cosine_lr
 
@@ -319,14 +320,15 @@ def test_precision_of_a_run(restored_process):
 
 
 def test_loss_of_a_hand_computed_example():
-    # One row of three tokens over two words; the logits favour word 1 by 0, ln 3 and (unused) 5 nats.
-    logits = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)], [0.0, 5.0]]])
-    labels = torch.tensor([[1, 0, 1]])
+    # One row of three tokens over two words; the head is the identity, so hidden states are logits, which favour word 1
+    # by 0, ln 3 and (unused) 5 nats.
+    hidden, head = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)], [0.0, 5.0]]]), torch.eye(2)
     # Position 0 predicts label 0 of two equal words: ln 2. Position 1 predicts label 1 with probability 3/4.
-    assert train_pretrain.token_nll(logits, labels).tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
-    # The trainer of conversations gets the logits before each trained token and, filled up with -100, those tokens.
-    picked = train_full_sft.token_nll(logits[0, [1, 0]], torch.tensor([1, IGNORE]))
-    assert picked.tolist() == pytest.approx([math.log(4 / 3), 0.0])
+    nats = train_pretrain.summed_nll(hidden, head, {"labels": torch.tensor([[1, 0, 1]])})
+    assert nats.item() == pytest.approx(math.log(2) + math.log(4 / 3))
+    # The trainer of conversations picks the positions before each trained token; -100 fills up and counts nothing.
+    picked = {"head_positions": torch.tensor([1, 0]), "targets": torch.tensor([1, IGNORE])}
+    assert train_full_sft.summed_nll(hidden, head, picked).item() == pytest.approx(math.log(4 / 3))
 
 
 def test_loss_over_picked_positions_equals_the_loss_over_all():
@@ -335,42 +337,78 @@ def test_loss_over_picked_positions_equals_the_loss_over_all():
     rows[2]["labels"].fill_(IGNORE)
     batch = SFTDataset.collate(rows)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
-    everywhere = train_pretrain.token_nll(model(**inputs).logits, batch["labels"]).sum()
+    everywhere = train_pretrain.summed_nll(model(**inputs).hidden_states, model.lm_head.weight, batch)
     everywhere.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    logits = model(**inputs, head_positions=batch["head_positions"]).logits
-    picked = train_full_sft.token_nll(logits, batch["targets"]).sum()
+    picked = train_full_sft.summed_nll(model(**inputs).hidden_states, model.lm_head.weight, batch)
     picked.backward()
     assert picked.item() == pytest.approx(everywhere.item(), rel=1e-6)
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_against_float64(dtype):
+def float64_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Σ −log p of the targets, written as a loop in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for h, target in zip(hidden.double(), targets.tolist(), strict=True):
+        if target != IGNORE:
+            total = total - (weight.double() @ h).log_softmax(0)[target]
+    return total
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_loss_and_gradients_in_pieces_against_float64(dtype, tolerance, size):
     generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(3, 8, V, generator=generator) * 4).to(dtype)
-    labels = torch.randint(V, (3, 8), generator=generator)
-    labels[torch.rand(3, 8, generator=generator) < 0.4] = IGNORE
-    expected = []
-    for b in range(3):
-        for t in range(7):
-            label = int(labels[b, t + 1])  # the label of the next position, shifted once
-            log_probs = logits[b, t].double().log_softmax(-1)
-            expected.append(0.0 if label == IGNORE else -float(log_probs[label]))
-    nll = train_pretrain.token_nll(logits, labels)
-    assert nll.dtype is torch.float32  # a half-precision sum over thousands of tokens would be worth nothing
-    assert nll.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert 0 < sum(value == 0 for value in expected) < len(expected)
+    hidden = torch.randn(23, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(V, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(V, (23,), generator=generator)
+    targets[torch.rand(23, generator=generator) < 0.4] = IGNORE
+    assert 0 < (targets == IGNORE).sum() < 23
+    (expected := float64_nll(hidden, weight, targets) * 0.3).backward()
+    wanted = [hidden.grad.clone(), weight.grad.clone()]
+    hidden.grad = weight.grad = None
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        nats = chunked_nll(hidden, weight, targets, size)
+    assert nats.dtype is torch.float32  # a half-precision sum over thousands of tokens would be worth nothing
+    (nats * 0.3).backward()
+    assert nats.item() * 0.3 == pytest.approx(expected.item(), rel=tolerance)
+    for found, grad in zip((hidden.grad, weight.grad), wanted, strict=True):
+        assert found.dtype is torch.float32
+        assert (found - grad).norm() < tolerance * grad.norm()
+    assert not hidden.grad[targets == IGNORE].any()
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        assert chunked_nll(hidden, weight, targets, size).item() == pytest.approx(nats.item(), rel=1e-4)
+
+
+def test_gradient_of_a_sure_token_keeps_its_digits():
+    """p = 0.9989: in bfloat16 p rounds to 1 and p − 1 to nothing; taken before rounding it keeps two digits."""
+    hidden, weight = torch.tensor([[6.8]]), torch.tensor([[0.5], [-0.5]])
+    logits = (hidden @ weight.T).bfloat16()
+    sure = torch.softmax(logits.double(), -1)[0]
+    _, gradient = nll_and_gradient(logits, torch.tensor([0]))
+    assert gradient.dtype is torch.bfloat16
+    assert gradient[0].tolist() == pytest.approx([float(sure[0] - 1), float(sure[1])], rel=1e-2)
+
+
+def test_loss_never_holds_all_logits():
+    seen = []
+
+    def piece(logits, targets):
+        seen.append(tuple(logits.shape))
+        return nll_and_gradient(logits, targets)
+
+    hidden = torch.randn(70, 8, requires_grad=True)
+    chunked_nll(hidden, torch.randn(V, 8), torch.zeros(70, dtype=torch.long), 32, piece).backward()
+    assert seen == [(32, V), (32, V), (6, V)] and hidden.grad.abs().sum() > 0
 
 
 def test_loss_of_ignored_labels_is_zero_and_so_is_its_gradient():
-    logits = torch.randn(2, 5, V, requires_grad=True)
-    nll = train_pretrain.token_nll(logits, torch.full((2, 5), IGNORE))
-    assert nll.tolist() == [0.0] * 8
-    nll.sum().backward()
-    assert not logits.grad.any()
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    nats = train_pretrain.summed_nll(hidden, weight, {"labels": torch.full((2, 5), IGNORE)})
+    nats.backward()
+    assert nats.item() == 0.0 and not hidden.grad.any() and not weight.grad.any()
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
@@ -424,7 +462,7 @@ def test_validation_against_a_naive_loop():
     picking = Rows(rows)
     picking.collate = SFTDataset.collate
     for dataset, script in ((rows, train_pretrain), (picking, train_full_sft)):
-        result = utils.validate(model, dataset, script.token_nll, one_process(), 2, 5, bytes_of)
+        result = utils.validate(model, dataset, script.summed_nll, one_process(), 2, 5, bytes_of)
         assert result["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
         assert result["val_bpb"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -436,18 +474,18 @@ def test_validation_shares_the_rows_among_ranks():
     for rank in range(3):
         run = one_process(rank, 3)
         run.sum_ranks = lambda value: parts.append(value) or value
-        utils.validate(model, rows, train_pretrain.token_nll, run, 2, 100, bytes_of)
+        utils.validate(model, rows, train_pretrain.summed_nll, run, 2, 100, bytes_of)
     alone = one_process()
     alone.sum_ranks = lambda value: parts.append(value) or value
-    utils.validate(model, rows, train_pretrain.token_nll, alone, 2, 100, bytes_of)
+    utils.validate(model, rows, train_pretrain.summed_nll, alone, 2, 100, bytes_of)
     assert torch.allclose(sum(parts[:3]), parts[3], rtol=1e-5)
 
 
 def test_validation_without_rows_and_without_labels():
     model, bytes_of = tiny(), torch.ones(V)
-    assert utils.validate(model, Rows(), train_pretrain.token_nll, one_process(), 2, 5, bytes_of) is None
+    assert utils.validate(model, Rows(), train_pretrain.summed_nll, one_process(), 2, 5, bytes_of) is None
     rows = Rows({**row, "labels": torch.full_like(row["labels"], IGNORE)} for row in packed_rows(2))
-    result = utils.validate(model, rows, train_pretrain.token_nll, one_process(), 2, 5, bytes_of)
+    result = utils.validate(model, rows, train_pretrain.summed_nll, one_process(), 2, 5, bytes_of)
     assert result == {"val_loss": 0.0, "val_bpb": 0.0}
 
 

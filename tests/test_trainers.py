@@ -869,13 +869,13 @@ def test_later_stages_inherit_the_tokenizer(flags, tmp_path):
 
 def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     """Makes the loss NaN at the given calls (one per micro-batch and validation batch)."""
-    seen, token_nll = [0], train_pretrain.token_nll
+    seen, summed_nll = [0], train_pretrain.summed_nll
 
-    def spoiled(logits, labels):
+    def spoiled(*args, **kwargs):
         seen[0] += 1
-        return token_nll(logits, labels) * (math.nan if seen[0] in calls else 1.0)
+        return summed_nll(*args, **kwargs) * (math.nan if seen[0] in calls else 1.0)
 
-    monkeypatch.setattr(train_pretrain, "token_nll", spoiled)
+    monkeypatch.setattr(train_pretrain, "summed_nll", spoiled)
 
 
 def test_a_non_finite_loss_costs_one_update(flags, tmp_path, monkeypatch):

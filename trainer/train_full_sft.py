@@ -22,10 +22,10 @@ Dimension legend: B batch · T tokens · V vocabulary.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from dataset.lm_dataset import IGNORE, SFTDataset, token_bytes
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
+from trainer.chunked_nll import chunked_nll, nll_and_gradient
 from trainer.command_line import run_script
 from trainer.optimizer import make_optimizer
 
@@ -41,12 +42,12 @@ STAGE = "full_sft"
 DATA_NAMES = ("sft_512.jsonl", "sft_mini_512.jsonl", "sft_t2t.jsonl", "sft_t2t_mini.jsonl")
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """−log p of each target in nats, 0 where it is ignored (filler).
+def summed_nll(hidden: Tensor, head: Tensor, batch: dict[str, Tensor], piece: Callable = nll_and_gradient) -> Tensor:
+    """Σ −log p of each trained token in nats. Only the positions before one go through the head, the widest layer.
 
-    Shape: logits (N, V) at the positions before the trained tokens, targets (N,) those tokens → (N,) float32.
+    Shape: final hidden states (B, T, D), weight of the head (V, D), head_positions and targets (N,) → () float32.
     """
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+    return chunked_nll(hidden.flatten(0, 1)[batch["head_positions"]], head, batch["targets"], piece=piece)
 
 
 def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, log, stop, check) -> bool:
@@ -73,14 +74,9 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
 
         for i, micro in enumerate(micros):
             with run.sync_only_if(model, last=i == len(micros) - 1), run.autocast():
-                # Only positions whose next token is trained on go through the head, the widest layer of a small model.
-                out = model(
-                    micro["input_ids"],
-                    position_ids=micro["position_ids"],
-                    documents=micro["documents"],
-                    head_positions=micro["head_positions"],
-                )
-                micro_nats = nll(out.logits, micro["targets"]).sum()
+                inputs = {name: micro[name] for name in ("input_ids", "position_ids", "documents")}
+                out = model(**inputs, need_logits=False)
+                micro_nats = nll(out.hidden_states, raw_model.lm_head.weight, micro)
                 # The balance loss is a mean over rows; padding that fills up the last update of an epoch is none.
                 micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                 # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
@@ -145,13 +141,13 @@ def main() -> None:
     progress = keeper.restore_or_start(data.data_key)
 
     # 6. Compile and wrap
-    model, nll = utils.compile_and_wrap(raw_model, token_nll, run, args)
+    model, nll = utils.compile_and_wrap(raw_model, summed_nll, run, args)
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data)
     bytes_of = token_bytes(tokenizer)
 
     def check() -> None:
         with log.pause():
-            result = utils.validate(raw_model, held_out, token_nll, run, args.batch_size, args.val_rows, bytes_of)
+            result = utils.validate(raw_model, held_out, summed_nll, run, args.batch_size, args.val_rows, bytes_of)
             log.validation(progress, result)
 
     # 7. Epochs

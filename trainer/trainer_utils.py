@@ -9,6 +9,7 @@ Dimension legend: B batch · T tokens · V vocabulary.
 import argparse
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import random
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.model_minimind import MOEFeedForward, grouped_mm_works
+from trainer.chunked_nll import nll_and_gradient
 from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
 
@@ -231,11 +233,11 @@ def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> boo
 
 def compile_and_wrap(
     raw_model: nn.Module, nll: Callable, run: Run, args: argparse.Namespace
-) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+) -> tuple[nn.Module, Callable[..., Tensor]]:
     """The module to train through, and the loss function, compiled where it pays and wrapped for several ranks.
 
-    Compiled cross-entropy never holds the float32 logits. Rows have one shape, so the model is compiled once; only the
-    number of trained tokens varies (`to_device`), so the loss of the stages that pick them out is compiled for any.
+    Rows have one shape, so the model is compiled once. Of the loss what lies between its matrix products is compiled,
+    which then never holds float32 logits; it is compiled again, for any size, when a piece of another size comes.
     """
     looping = False
     for module in raw_model.modules():
@@ -246,7 +248,9 @@ def compile_and_wrap(
         tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         args.compile = compile_pays(run, tokens, looping)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
-    return run.wrap(model), torch.compile(nll) if args.compile else nll
+    if args.compile:
+        nll = functools.partial(nll, piece=torch.compile(nll_and_gradient))
+    return run.wrap(model), nll
 
 
 class StopRequest:
@@ -409,21 +413,13 @@ def read_updates(
     batches = iter(loader)
     for rows, micros in order.updates():
         batch = [next(batches) for _ in micros]
-        yield rows, [{k: to_device(k, v, device) for k, v in micro.items()} for micro in batch]
+        yield rows, [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
 
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches a loader process too; it has to feed the update in hand. It ends when the main process lets go."""
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def to_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the number of trained tokens varies, and the compiler is to know that."""
-    tensor = tensor.to(device, non_blocking=True)
-    if name in ("head_positions", "targets"):
-        torch._dynamo.mark_dynamic(tensor, 0)
-    return tensor
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -433,7 +429,7 @@ def to_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
 def validate(
     model: nn.Module,
     dataset: Dataset,
-    nll: Callable[[Tensor, Tensor], Tensor],
+    nll: Callable[..., Tensor],
     run: Run,
     batch_size: int,
     max_rows: int,
@@ -442,7 +438,7 @@ def validate(
     """Held-out loss in nats per trained token, and bits per byte of the text those tokens spell; None without rows.
 
     Bits per byte do not depend on the tokenizer: log2 of the model's probability over UTF-8 bytes (special tokens cost
-    bits but spell no bytes).  Args: nll as in the trainers, per-token nats; bytes_of (V,) bytes of each token.
+    bits but spell no bytes).  Args: nll, the trainer's `summed_nll`; bytes_of (V,) bytes of each token.
     """
     rows = min(len(dataset), max_rows)
     if rows == 0:
@@ -454,12 +450,11 @@ def validate(
     for start in range(0, len(mine), batch_size):
         batch = dataset.collate([dataset[row] for row in mine[start : start + batch_size]])
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        targets = batch.pop("targets", labels)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
         with run.autocast():
-            nats = nll(model(**batch).logits, targets)
-        trained = labels[:, 1:][labels[:, 1:] >= 0].cpu()
-        totals += torch.tensor([nats.sum().item(), trained.numel(), bytes_of[trained].sum().item()], dtype=totals.dtype)
+            nats = nll(model(**inputs, need_logits=False).hidden_states, model.lm_head.weight, batch)
+        trained = batch["labels"][:, 1:][batch["labels"][:, 1:] >= 0].cpu()
+        totals += torch.tensor([nats.item(), trained.numel(), bytes_of[trained].sum().item()], dtype=totals.dtype)
     model.train(was_training)
     nats, tokens, text_bytes = run.sum_ranks(totals.to(run.device) if run.world_size > 1 else totals).tolist()
     return {"val_loss": nats / max(tokens, 1), "val_bpb": nats / math.log(2) / max(text_bytes, 1)}
