@@ -35,6 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from model.generation import Decoder, Sampling, stop_ids, stream_generate  # noqa: E402
+from model.model_lora import load_lora  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.weights import (  # noqa: E402
     STAGES,
@@ -447,12 +448,6 @@ def load_all(
     if args.lora_name:
         if not ours:
             raise UserError("--lora_name works with MiniMind weights only.")
-        try:
-            from model.model_lora import load_lora
-        except ModuleNotFoundError as error:
-            if error.name != "model.model_lora":
-                raise
-            raise UserError("--lora_name: this version cannot apply LoRA yet (no model/model_lora.py).") from error
         adapter = weight_path(args.out_dir / "lora", args.lora_name, model.config)
         if not adapter.is_file():
             raise UserError(f"{adapter} does not exist: check --lora_name and --out_dir, or train it first.")

@@ -358,6 +358,11 @@ class MoEGate(nn.Module):
         return self.alpha * per_sequence.sum() / (tokens > 0).sum().clamp(min=1)
 
 
+def full_weight(linear: nn.Linear) -> Tensor:
+    """The matrix of a layer, with what an adapter adds to it (model_lora.py).  Shape: (out, in)."""
+    return linear.full_weight() if hasattr(linear, "full_weight") else linear.weight
+
+
 def grouped_mm_works(device: torch.device, dtype: torch.dtype, weight: Tensor) -> bool:
     """Whether torch has grouped matrix products for this: bfloat16 on Ampere or newer, rows of whole 16 bytes.
 
@@ -433,7 +438,7 @@ class MOEFeedForward(nn.Module):
         # (pytorch issue 172439).
         busy = (counts > 0)[:, None, None]
         gate, up, down = (
-            torch.stack([getattr(e, name).weight for e in self.experts]).to(dtype).where(busy, 0).transpose(1, 2)
+            torch.stack([full_weight(getattr(e, name)) for e in self.experts]).to(dtype).where(busy, 0).transpose(1, 2)
             for name in ("gate_proj", "up_proj", "down_proj")
         )  # (E, in, out)
         rows = x.to(dtype)[order // k]  # (N·k, D)

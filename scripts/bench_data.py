@@ -48,7 +48,7 @@ def null_model_rate(data: PackedDataset, num_workers: int, batch_size: int = BAT
     updates = trainer_utils.read_updates(data, order, torch.device("cpu"), num_workers)
     next(updates)
     started = time.perf_counter()
-    rows = sum(new_rows for new_rows, _ in updates)
+    rows = sum(new_rows for new_rows, _, _ in updates)
     seconds = time.perf_counter() - started
     return rows / seconds * data.stats["tokens"] / len(data) if rows else None
 

@@ -60,6 +60,7 @@ class Recipe:
     our_start: bool = False  # initialisation: 0.02 and scaled residual outputs, or what torch.nn.Linear does
     max_seq_len: int = 512
     batch_size: int = 32
+    ramp: tuple[float, ...] = (1,)  # factors on the batch size, one after another over equal parts of the time
     accumulation: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 5e-4
@@ -86,6 +87,7 @@ RECIPES = {
     "small updates": SMALL,
     "muon": MUON,
     "ours": OURS,
+    "batch ramp": replace(OURS, ramp=(0.5, 1, 2)),
 }
 
 
@@ -152,16 +154,18 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
     batches = iter(())
     while clock < seconds:
         started = time.perf_counter()
+        factor = recipe.ramp[int(clock / seconds * len(recipe.ramp))]
+        if (size := max(1, round(recipe.batch_size * factor))) != order.batch_size:
+            order.batch_size, batches = size, iter(())
         batch = next(batches, None)
         if batch is None:
             batches = utils.read_updates(rows, utils.RowOrder(len(rows), order, run, epoch), run.device, None)
             epoch, batch = epoch + 1, next(batches)
-        _, micros = batch
+        _, (trained, _), micros = batch
         milliseconds = [round(1000 * t) for t in (clock, seconds, recipe.warmup * seconds)]
         lr = utils.cosine_lr(*milliseconds, recipe.learning_rate, recipe.floor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        trained = sum((m["labels"][:, 1:] != IGNORE).sum() for m in micros)
         for micro in micros:
             inputs = {name: micro[name] for name in ("input_ids", "position_ids", "documents") if name in micro}
             with run.autocast():
@@ -170,14 +174,16 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
                     nats = fast_nll(hidden, raw_model.lm_head.weight, micro)
                 else:
                     nats = whole_nll(model(**inputs).logits, micro["labels"])
-                run.scaler.scale(nats / trained.clamp(min=1)).backward()
+                run.scaler.scale(nats / max(trained, 1)).backward()
         run.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         updates += 1
-        tokens += int(trained)  # waits for the device, so the clock is true
+        tokens += trained
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()  # so that the clock is true
         clock += time.perf_counter() - started
         if clock >= marks[0]:
             result = utils.validate(raw_model, held_out, nll, run, 8, args.val_rows, bytes_of)

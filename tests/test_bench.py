@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dataset.lm_dataset import IGNORE, PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from scripts import bench_data, bench_generate, bench_gpu, bench_recipe, bench_train
+from scripts import bench_data, bench_generate, bench_gpu, bench_recipe, bench_train, plot_scaling
 from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
@@ -239,3 +240,75 @@ def test_every_gpu_step_is_a_command_that_its_script_takes(monkeypatch, tmp_path
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(Read):
             run(module[Path(script).stem], monkeypatch, *words)
+
+
+# ------------------------------------------------------------------------------------------------------------- scaling
+
+COSTS = np.array([2e-11, 5e-11, 3e-9, 4e-8])  # seconds per unit of the four terms of the fit
+
+
+def scaling_report(path: Path, mfu: float | None = None, **fields) -> list[dict]:
+    """A report as bench_train.py writes it, its times made up by a known formula."""
+    rows = []
+    settings = [("64x1", 100_000, 8, 64), ("128x2", 600_000, 8, 64), ("256x4", 4_000_000, 8, 64)]
+    settings += [("64x1", 100_000, 8, T) for T in (128, 512, 2048)] + [("64x1", 100_000, B, 64) for B in (1, 2, 32)]
+    for size, parameters, batch_size, seq_len in settings:
+        width, layers = map(int, size.split("x"))
+        n = batch_size * seq_len
+        seconds = COSTS @ [6 * parameters * n, 6 * layers * width * seq_len * n, layers * width * n, parameters]
+        row = {"size": size, "dtype": "float32", "compile": False, "batch_size": batch_size, "seq_len": seq_len,
+               "optimizer": "muon", "parameters": parameters, "tokens_per_second": n / seconds,
+               "seconds_per_update": seconds, "mfu": mfu, "memory_gib": 1.5}  # fmt: skip
+        rows.append(row | fields)
+    path.write_text(json.dumps({"machine": {"device": "NVIDIA Test"}, "rows": rows}), encoding="utf-8")
+    return rows
+
+
+def test_scaling_finds_the_terms_that_the_figures_were_made_of(monkeypatch, capsys, tmp_path):
+    rows = scaling_report(tmp_path / "a.json")
+    assert plot_scaling.fit(rows) == pytest.approx(COSTS, rel=1e-6)
+    picture = tmp_path / "scaling.png"
+    run(plot_scaling, monkeypatch, tmp_path / "a.json", "--png", picture, "--price", "2")
+    out = capsys.readouterr().out
+    assert out.count("| +0% |") + out.count("| -0% |") == 9 and "products 50 GFLOP/s, attention 20 GFLOP/s" in out
+    hours = 1e9 / rows[0]["tokens_per_second"] / 3600
+    assert f"| {hours:,.1f} | {2 * hours:,.2f} |" in out and "no estimate" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_term_that_would_be_negative_is_left_out():
+    same = {"size": "64x1", "parameters": 1000, "batch_size": 1}
+    rows = [{**same, "seq_len": T, "seconds_per_update": 1e-3 * T**0.5} for T in (64, 128, 256, 512, 1024)]
+    found = plot_scaling.fit(rows)  # slower growth than any term but the last has: not a good fit, but a possible one
+    assert (found >= 0).all() and found.any()
+
+
+def test_paper_estimates_follow_from_the_measured_mfu(tmp_path):
+    scaling_report(tmp_path / "b.json", mfu=0.4)
+    text = plot_scaling.estimates(plot_scaling.read_rows([tmp_path / "b.json"]), 2e9)
+    assert text.startswith("ESTIMATE, not measured: the MFU of NVIDIA Test")
+    rate = 8 * 165e12 * 0.4 / (6 * 4_000_000 + 6 * 4 * 256 * 64)  # eight cards at 40 % of 165 TFLOP/s each
+    assert f"| 256 × 4 | 8 × RTX 4090 | {rate:,.0f} | {2e9 / rate / 3600:,.2f} |" in text
+    assert text.count("\n| ") == 1 + 3 * 4
+
+
+@pytest.mark.parametrize("content, reason", [
+    (None, "no such file"), ("[]", "no report"), ("{", "no report"), ('{"rows": [{"size": "9x"}]}', "no report"),
+    ('{"machine": {"device": "x"}, "rows": []}', "no dense model"),
+])  # fmt: skip
+def test_scaling_refuses_other_files(monkeypatch, tmp_path, content, reason):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        run(plot_scaling, monkeypatch, path)
+
+
+def test_scaling_refuses_to_mix_machines_or_to_fit_too_little(monkeypatch, tmp_path):
+    scaling_report(tmp_path / "a.json")
+    rows = scaling_report(tmp_path / "b.json", dtype="bfloat16")
+    with pytest.raises(UserError, match="mix machines or settings"):
+        run(plot_scaling, monkeypatch, tmp_path / "a.json", tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(json.dumps({"machine": {"device": "x"}, "rows": rows[:4]}), encoding="utf-8")
+    with pytest.raises(UserError, match="too few"):
+        run(plot_scaling, monkeypatch, tmp_path / "c.json")

@@ -22,8 +22,9 @@ import eval_model
 from eval_model import Chat, Settings
 from model.decode_step import DecodeStep
 from model.generation import stream_generate
+from model.model_lora import LoraConfig, add_lora, lora_state_dict, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import WeightsError, load_tokenizer, save_weights
+from model.weights import WeightsError, load_model, load_tokenizer, save_weights
 from scripts.score_questions import greedy_replies, read_questions, run_questions, wilson
 from scripts.terminal import Painter, TextStream, chat_ids, decode, line_reader, split_thinking
 from trainer.command_line import UserError, run_script
@@ -569,19 +570,20 @@ def test_tokenizer_larger_than_the_vocabulary(capsys, monkeypatch, tokenizer, to
 
 
 def test_lora_flag(cli, monkeypatch, out_dir):
-    tea = ("--lora_name", "tea", "--prompt", "hi", "--max_new_tokens", 2)
-    monkeypatch.setitem(sys.modules, "model.model_lora", None)  # an absent module, whether or not the file is there
+    tea = ("--lora_name", "tea", "--prompt", "hi", "--max_new_tokens", 4, "--temperature", 0)
     status, _, err = cli(*tea)
-    assert status == 2 and err.startswith("error: --lora_name") and err.count("\n") == 1
-    applied = []
-    stand_in = types.SimpleNamespace(load_lora=lambda model, path: applied.append((type(model).__name__, path)))
-    monkeypatch.setitem(sys.modules, "model.model_lora", stand_in)
+    assert status == 2 and "tea_32.pth does not exist" in err and err.count("\n") == 1
+    path = out_dir / "lora" / "tea_32.pth"
+    model = load_model(out_dir / "full_sft_32.pth")
+    add_lora(model, LoraConfig(rank=2))
+    for tensor in lora_state_dict(model).values():
+        tensor.normal_(std=0.5)
+    save_lora(model, path, LoraConfig(rank=2))
+    status, out, err = cli(*tea)
+    assert status == 0 and "LoRA tea" in err and out != cli(*tea[2:])[1]  # it speaks another way
+    path.write_bytes(b"tea")
     status, _, err = cli(*tea)
-    assert status == 2 and "tea_32.pth does not exist" in err and not applied
-    (out_dir / "lora").mkdir()
-    (out_dir / "lora" / "tea_32.pth").touch()
-    status, _, err = cli(*tea)
-    assert status == 0 and applied == [("MiniMindForCausalLM", out_dir / "lora" / "tea_32.pth")] and "LoRA tea" in err
+    assert status == 2 and "tea_32.pth is empty, cut off, damaged" in err and err.count("\n") == 1
 
 
 def test_dtype_flag(cli):

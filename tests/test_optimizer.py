@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.optimizer import MuonWithAdamW, make_optimizer, orthogonal
+from trainer.optimizer import MuonWithAdamW, make_optimizer, orthogonal, step_if
 
 CPU = torch.device("cpu")
 
@@ -174,3 +174,32 @@ def test_the_gradient_scaler_steps_and_skips_both_parts(model):
         scaler.update()
         moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert not any(moved) if poison else all(moved)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_step_on_condition_is_a_step_or_nothing(model, kind):
+    plain = copy.deepcopy(model)
+    optimizer, oracle = make_optimizer(model, 0.1, CPU, kind), make_optimizer(plain, 0.1, CPU, kind)
+    for either in (optimizer, oracle):
+        set_lr(either, 1e-2)
+    for seed in range(2):
+        for each in (model, plain):
+            fill_gradients(each, seed)
+        oracle.step()
+        step_if(torch.tensor(True), optimizer)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict())
+    fill_gradients(model, 2)
+    for p in model.parameters():  # what clipping by a norm of NaN or infinity makes of gradients
+        p.grad.flatten()[::2] = torch.nan
+        p.grad.flatten()[1] = torch.inf
+    step_if(torch.tensor(False), optimizer)
+    for p, before in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(p, before)
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    fill_gradients(model, 3)
+    optimizer.step()  # the next one without a condition is a step again
+    assert not any(torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))

@@ -171,14 +171,19 @@ def test_order_is_a_function_of_seed_and_epoch():
 def test_the_loader_reads_what_the_updates_say():
     args = argparse.Namespace(batch_size=3, accumulation_steps=2)
     order = RowOrder(11, args, one_process(1, 2), epoch=1)
-    dataset = Rows({"row": torch.tensor(row)} for row in [*range(11), -1])  # the last one answers to -1
+    rows = [{name: torch.tensor([row] * 3) for name in ("labels", "documents")} for row in [*range(11), -1]]
+    rows[4]["labels"][2] = IGNORE
+    dataset = Rows(rows)  # the last one answers to -1
     assert len(order) == len(list(order)) == sum(len(micros) for _, micros in order.updates())
     before = torch.get_rng_state()
-    read = [
-        (rows, [micro["row"].tolist() for micro in micros])
-        for rows, micros in utils.read_updates(dataset, order, torch.device("cpu"), None)
-    ]
-    assert read == list(order.updates())
+    read = []
+    for rows, (trained, tokens), micros in utils.read_updates(dataset, order, torch.device("cpu"), None):
+        numbers = [micro["documents"][:, 0].tolist() for micro in micros]
+        read.append((rows, numbers))
+        flat = sum(numbers, [])
+        # Two labels of each row's three are predicted, one of row 4; the padding row -1 has no real token.
+        assert trained == 2 * len(flat) - flat.count(4) and tokens == 3 * (len(flat) - flat.count(-1))
+    assert read == list(order.updates()) and any(4 in micro for _, micros in read for micro in micros)
     assert torch.equal(torch.get_rng_state(), before)  # reading leaves the run's random numbers alone
 
 
@@ -607,10 +612,17 @@ def test_clock_and_finite():
 def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run():
     progress = Progress(step=7)
     for finite in (False, False, True, False, False):
-        progress.count_skip(finite, 2)
+        progress.step += 1
+        progress.count_skip(torch.tensor(finite), 2)
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 1)  # the last one is not read yet
+    progress.read_skip()
+    progress.read_skip()  # counted once
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (4, 2)
-    with pytest.raises(UserError, match=r"NaN or infinite in 3 updates in a row.*--learning_rate"):
-        progress.count_skip(False, 2)
+    assert not any(isinstance(value, (torch.Tensor, tuple)) for value in vars(progress).values())  # goes into JSON
+    progress.step += 1
+    progress.count_skip(torch.tensor(False), 2)
+    with pytest.raises(UserError, match=r"NaN or infinite in 3 updates in a row, up to update 13\..*--learning_rate"):
+        progress.read_skip()
 
 
 def state(step: int) -> dict:

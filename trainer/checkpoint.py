@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
+from model.model_lora import LoraConfig, lora_state_dict, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     STAGES,
@@ -48,6 +49,7 @@ class Progress:
     skipped_steps: int = 0  # updates left out because of a non-finite gradient
     skipped_in_a_row: int = 0
     finished: bool = False
+    _unread = None  # of the last update: whether it was taken, still on the device; no field, so never saved
 
     def advance(self, rows: int, tokens: int) -> None:
         self.step += 1
@@ -57,14 +59,25 @@ class Progress:
     def next_epoch(self) -> None:
         self.epoch, self.rows_done = self.epoch + 1, 0
 
-    def count_skip(self, finite: bool, allowed_in_a_row: int) -> None:
-        """Notes whether the update was taken.  Raises: UserError with advice after too many were not."""
+    def count_skip(self, finite: Tensor, allowed_in_a_row: int) -> None:
+        """Notes whether the update just done was taken, a bool () on the device; the one before is read now.
+
+        Raises: UserError with advice when too many in a row were not.
+        """
+        self.read_skip()
+        self._unread = finite, allowed_in_a_row, self.step
+
+    def read_skip(self) -> None:
+        """Counts the update noted last: waits for the device, so only where the count is wanted."""
+        if self._unread is None:
+            return
+        (finite, allowed_in_a_row, step), self._unread = self._unread, None
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.skipped_steps += not finite
+        self.skipped_steps += int(not finite)
         if self.skipped_in_a_row > allowed_in_a_row:
             raise UserError(
                 f"the gradient was NaN or infinite in {self.skipped_in_a_row} updates in a row, up to update "
-                f"{self.step + 1}. What was saved before is whole. Start again with a smaller --learning_rate, more "
+                f"{step}. What was saved before is whole. Start again with a smaller --learning_rate, more "
                 "--warmup_iters or --dtype float32, and check the data with `python dataset/check_data.py FILE`."
             )
 
@@ -128,9 +141,12 @@ def find_run(out_dir: str | Path, stage: str, hidden_size: int | None = None, us
 def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with `--resume` those of the interrupted run, where the command line does not name them again.
 
+    The name of a stage may hold flags, as in "lora_{lora_name}".
+
     Raises: UserError when there is nothing to resume, or the output folder cannot be written.
     """
     args = parser.parse_args(argv)
+    stage = stage.format(**vars(args))
     if args.resume:
         newest = newest_state(find_run(args.out_dir, stage, args.hidden_size, args.use_moe))
         if newest is None:
@@ -245,6 +261,22 @@ def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, ru
     return model.train()
 
 
+def start_base(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run) -> MiniMindForCausalLM:
+    """The model that stays frozen: read again by a resumed run, whose states do not hold it.
+
+    Raises: WeightsError as `start_model`; UserError without weights.
+    """
+    path = start_weights(args)
+    if path is None:
+        raise UserError("--from_weight none: an adapter needs a trained model; give a stage or a file.")
+    args.from_weight = args.given["from_weight"] = str(path.resolve())  # "the newest" may be another one by then
+    asked, args.resume = args.resume, False
+    try:
+        return start_model(args, tokenizer, run)
+    finally:
+        args.resume = asked
+
+
 class Keeper:
     """Saves a run and brings it back: weights for users, full states for `--resume`. Only rank 0 writes."""
 
@@ -254,6 +286,7 @@ class Keeper:
         self.folder = Path(args.out_dir) / "runs" / self.weights.stem
         self.progress = Progress()
         self.wandb_id: str | None = None
+        self.also_same: dict[str, object] = {}  # what else a resumed run must share with the interrupted one
 
     def restore_or_start(self, data_key: str) -> Progress:
         """With `--resume` the newest whole state, else an empty run folder.
@@ -268,6 +301,7 @@ class Keeper:
             **{name: getattr(args, name) for name in ("seed", "max_seq_len", "val_ratio")},
             "data (content, tokenizer, settings)": data_key,
             **{name: getattr(args, name) for name in same},
+            **self.also_same,
         }
         if not self.args.resume:
             if self.run.is_main:
@@ -282,7 +316,7 @@ class Keeper:
             for part in [*self.folder.glob("*.part"), *self.weights.parent.glob(f"{self.weights.stem}.*.part")]:
                 part.unlink(missing_ok=True)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"], strict=True)
+        self.load_model_state(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.run.scaler.is_enabled() and state["scaler"]:
             self.run.scaler.load_state_dict(state["scaler"])
@@ -298,10 +332,11 @@ class Keeper:
 
     def save(self) -> None:
         """Weights and full state of this moment.  Raises: OSError, with what was saved before still whole."""
+        self.progress.read_skip()
         if not self.run.is_main:
             return
         state = {
-            "model": self.model.state_dict(),
+            "model": self.model_state(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.run.scaler.state_dict(),
         }
@@ -316,8 +351,48 @@ class Keeper:
         try:
             # Weights first: once a state says that the run is finished, its weights are there.
             about = {"stage": self.stage, "step": self.progress.step, "tokenizer": self.args.tokenizer}
-            save_weights(self.model, self.weights, about)
+            self.save_weights(about)
             save_state(self.folder, state, facts, self.progress.step)
         except RuntimeError as error:  # torch reports a full disk from its archive writer
             message = f"could not save to {self.folder} ({error}). Is the disk full? Older states are whole."
             raise OSError(message) from error
+
+    def model_state(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_model_state(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state, strict=True)
+
+    def save_weights(self, about: dict) -> None:
+        save_weights(self.model, self.weights, about)
+
+
+class LoraKeeper(Keeper):
+    """Keeps the adapter alone; its states go on with the same base only."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        args: argparse.Namespace,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: LoraConfig,
+    ):
+        super().__init__(run, stage.format(**vars(args)), args, model, optimizer)
+        self.weights = weight_path(Path(args.out_dir) / "lora", args.lora_name, model.config)
+        self.config = config
+        adapter = asdict(config) | {"target_modules": list(config.target_modules)}  # as JSON gives it back
+        base = Path(args.from_weight)  # a file or a transformers folder
+        files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+        self.also_same = {"base weights": [sha256_of(path) for path in files], **adapter}
+
+    def model_state(self) -> dict[str, Tensor]:
+        return lora_state_dict(self.model)
+
+    def load_model_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in lora_state_dict(self.model).items():
+            tensor.copy_(state[name])
+
+    def save_weights(self, about: dict) -> None:
+        save_lora(self.model, self.weights, self.config, extra=about)

@@ -51,6 +51,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """One step; none at all where `found_inf`, a tensor on the device (`step_if`), is 1."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
@@ -65,12 +66,16 @@ class Muon(Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, buffers = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+        taken = 1.0
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            taken = 1 - found_inf  # everything below then moves by nothing
+            grads = [torch.where(found_inf > 0, m, g) for m, g in zip(buffers, grads, strict=True)]
         # Running means instead of sums: `orthogonal` takes no notice of a factor.
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: where the momentum will be
         directions = orthogonal(torch.stack(ahead), self.dtype).float()
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(directions.unbind()), alpha=-step_size)
+        torch._foreach_mul_(weights, 1 - taken * group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list((directions * (taken * -step_size)).unbind()))
 
 
 class MuonWithAdamW(Optimizer):
@@ -85,6 +90,7 @@ class MuonWithAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for part in self.parts:
+            part.found_inf = getattr(self, "found_inf", None)
             part.step()
 
     def state_dict(self) -> dict:
@@ -119,3 +125,18 @@ def make_optimizer(
     ]
     adamw = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     return MuonWithAdamW(Muon(inner, weight_decay, dtype), adamw) if inner else adamw
+
+
+def step_if(finite: Tensor, optimizer: Optimizer) -> None:
+    """One step, or none at all: weights and state stay as they are when the gradient is not finite.
+
+    Decided on the device (torch's fused kernels know `found_inf` from the gradient scaler): reading `finite` here would
+    let the device run dry in every update.  Shape: finite () bool, on the device of the weights.
+    """
+    if finite.device.type == "mps":  # no fused kernels
+        if finite:
+            optimizer.step()
+        return
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    del optimizer.found_inf

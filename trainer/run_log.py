@@ -118,8 +118,11 @@ class RunLog:
             with atomic_open(path, "w") as f:
                 f.writelines(json.dumps(record) + "\n" for record in kept)
 
-    def count(self, nats: Tensor, trained: int, tokens: int, waited_seconds: float) -> None:
-        """One update done: summed loss of this rank, trained tokens of all ranks, real tokens of all ranks."""
+    def count(self, nats: Tensor, trained: Tensor, tokens: int, waited_seconds: float) -> None:
+        """One update done: summed loss of this rank, trained tokens of all ranks, real tokens of all ranks.
+
+        The first two stay on the device until a line is due.
+        """
         self.nats += nats.detach()
         self.trained += trained
         self.tokens += tokens
@@ -134,13 +137,14 @@ class RunLog:
 
     def line(self, progress, lr: float, grad_norm: Tensor, aux_loss: float | None = None) -> None:
         """Prints and stores the figures since the last line. Every rank must call it: the loss is summed over ranks."""
-        nats = self.run.sum_ranks(self.nats.clone()).item()
+        progress.read_skip()
+        nats, trained = self.run.sum_ranks(self.nats.clone()).item(), int(self.trained)
         elapsed = time.perf_counter() - self.started
         rate = self.tokens / elapsed
         record = {
             "step": progress.step,
             "epoch": progress.epoch + 1,
-            "loss": nats / self.trained if self.trained else math.nan,
+            "loss": nats / trained if trained else math.nan,
             "lr": lr,
             "grad_norm": float(grad_norm),
             "tokens": progress.tokens,

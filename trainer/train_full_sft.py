@@ -31,12 +31,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import IGNORE, SFTDataset, token_bytes
+from dataset.lm_dataset import SFTDataset, token_bytes
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.chunked_nll import chunked_nll, nll_and_gradient
 from trainer.command_line import run_script
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import make_optimizer, step_if
 
 STAGE = "full_sft"
 DATA_NAMES = ("sft_512.jsonl", "sft_mini_512.jsonl", "sft_t2t.jsonl", "sft_t2t_mini.jsonl")
@@ -51,13 +51,13 @@ def summed_nll(hidden: Tensor, head: Tensor, batch: dict[str, Tensor], piece: Ca
 
 
 def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, log, stop, check) -> bool:
-    """Trains on the given updates, pairs of (rows, micro-batches). True when the run was asked to stop.
+    """Trains on the given updates (see `read_updates`). True when the run was asked to stop.
 
     `model` is the wrapped module, whose forward gets the gradient; `raw_model` holds the same weights unwrapped.
     """
     progress = keeper.progress
     asked_at = time.perf_counter()
-    for rows, micros in updates:
+    for rows, counts, micros in updates:
         waited = time.perf_counter() - asked_at
         run.seed_step(progress.step)
         lr = utils.cosine_lr(progress.step, args.total_steps, args.warmup_iters, args.learning_rate)
@@ -65,10 +65,7 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
             group["lr"] = lr
 
         # Over all ranks: trained tokens N of equation (1), real tokens, and whether any rank was asked to stop.
-        trained = sum((m["labels"][:, 1:] != IGNORE).sum() for m in micros)
-        tokens = sum((m["documents"] >= 0).sum() for m in micros)
-        stopping = torch.tensor(stop.signal is not None, device=run.device)
-        trained, tokens, stopping = run.sum_ranks(torch.stack([trained, tokens, stopping])).tolist()
+        trained, tokens, stopping = run.sum_ranks(torch.tensor([*counts, stop.signal is not None])).tolist()
         nats = torch.zeros((), device=run.device)
         balance = torch.zeros((), device=run.device)
 
@@ -89,16 +86,18 @@ def train_epoch(model, raw_model, nll, optimizer, updates, run, args, keeper, lo
         # [shared: optimizer-step] clip → non-finite guard → step → zero
         run.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-        finite = torch.isfinite(grad_norm).item()
-        if finite or run.scaler.is_enabled():  # the scaler skips the step itself and lowers its scale
-            run.scaler.step(optimizer)
-        run.scaler.update()
+        finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
+        if run.scaler.is_enabled():
+            run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
+            run.scaler.update()
+        else:
+            step_if(finite, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        progress.count_skip(finite, run.skips_allowed)
         # [end: optimizer-step]
 
         progress.advance(rows, tokens)
-        log.count(nats if finite else torch.zeros_like(nats), trained if finite else 0, tokens, waited)
+        progress.count_skip(finite, run.skips_allowed)
+        log.count(torch.where(finite, nats, 0.0), finite * trained, tokens, waited)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:
             log.line(progress, lr, grad_norm, run.sum_ranks(balance).item() if raw_model.config.use_moe else None)
         if progress.step == args.total_steps:

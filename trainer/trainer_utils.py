@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.model_minimind import MOEFeedForward, grouped_mm_works
+from model.model_minimind import IGNORE, MOEFeedForward, grouped_mm_works
 from trainer.chunked_nll import nll_and_gradient
 from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
@@ -118,7 +118,8 @@ class Run:
             torch.utils.deterministic.fill_uninitialized_memory = False
         self.dtype = DTYPES[dtype] if dtype != "auto" else best_dtype(self.device)
         if self.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # Counts are summed between the hosts, by gloo: nccl would wait for all that the device has in hand.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             # Other ranks wait while rank 0 tokenises a large file, hence the generous limit.
             dist.init_process_group(backend, timeout=timedelta(hours=4))
         # float16 starts with a scale that overflows a few times until it fits
@@ -398,8 +399,11 @@ class RowOrder(Sampler):
 
 def read_updates(
     dataset: Dataset, order: RowOrder, device: torch.device, num_workers: int | None
-) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-    """Yields, update by update, the number of new rows and the micro-batches on the device."""
+) -> Iterator[tuple[int, tuple[int, int], list[dict[str, Tensor]]]]:
+    """Yields, update by update, the number of new rows, this rank's (trained, real) tokens, and its micro-batches.
+
+    The micro-batches are on the device, the counts on the host: asking the device for them would let it run dry.
+    """
     workers = num_workers if num_workers is not None else (2 if device.type == "cuda" else 0)
     loader = DataLoader(
         dataset,
@@ -413,7 +417,10 @@ def read_updates(
     batches = iter(loader)
     for rows, micros in order.updates():
         batch = [next(batches) for _ in micros]
-        yield rows, [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
+        trained = sum(np.count_nonzero(micro["labels"].numpy()[:, 1:] != IGNORE) for micro in batch)
+        tokens = sum(np.count_nonzero(micro["documents"].numpy() >= 0) for micro in batch)
+        on_device = [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
+        yield rows, (trained, tokens), on_device
 
 
 def ignore_signals(worker: int) -> None:
