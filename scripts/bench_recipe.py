@@ -114,7 +114,9 @@ class PaddedRows(torch.utils.data.Dataset):
         ids[:length] = self.cache.tokens.array[start : start + length]
         trained = np.ones(length, bool) if self.cache.trained is None else self.cache.trained.array[start:][:length]
         labels[1:length] = np.where(trained, ids[:length], IGNORE)[1:]
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        documents = np.where(np.arange(self.max_seq_len) < length, 0, -1)  # only counted: the model does not get them
+        arrays = {"input_ids": ids, "labels": labels, "documents": documents}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def torch_start(model: nn.Module) -> None:
@@ -149,6 +151,7 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
     model, fast_nll = utils.compile_and_wrap(raw_model, nll, run, argparse.Namespace(compile=compiles))
 
     order = argparse.Namespace(batch_size=recipe.batch_size, accumulation_steps=recipe.accumulation)
+    names = ("input_ids", "position_ids", "documents") if recipe.packed else ("input_ids",)
     curve, clock, epoch, tokens, updates = [], 0.0, 0, 0, 0
     marks = [seconds * part / args.checks for part in range(1, args.checks + 1)]
     batches = iter(())
@@ -167,7 +170,7 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
         for group in optimizer.param_groups:
             group["lr"] = lr
         for micro in micros:
-            inputs = {name: micro[name] for name in ("input_ids", "position_ids", "documents") if name in micro}
+            inputs = {name: micro[name] for name in names}
             with run.autocast():
                 if recipe.plumbing:
                     hidden = model(**inputs, need_logits=False).hidden_states

@@ -45,7 +45,7 @@ def test_test_requirements_hold_what_only_the_tests_import():
     pins = read_pins(ROOT / "requirements-test.txt")
     tools = {"ruff", "pytest-timeout"}  # used as commands and plug-ins, never imported
     assert imported_packages((ROOT / "tests").glob("*.py")) <= set(pins)
-    assert set(pins) - set(read_pins(ROOT / "requirements.txt")) - tools == {"pytest", "hypothesis"}
+    assert set(pins) - set(read_pins(ROOT / "requirements.txt")) - tools == {"pytest", "hypothesis", "peft"}
 
 
 def test_pins_follow_the_python_version(tmp_path):

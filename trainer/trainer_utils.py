@@ -417,8 +417,8 @@ def read_updates(
     batches = iter(loader)
     for rows, micros in order.updates():
         batch = [next(batches) for _ in micros]
-        trained = sum(np.count_nonzero(micro["labels"].numpy()[:, 1:] != IGNORE) for micro in batch)
-        tokens = sum(np.count_nonzero(micro["documents"].numpy() >= 0) for micro in batch)
+        trained = sum(int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch)
+        tokens = sum(int((micro["documents"] >= 0).sum()) for micro in batch)
         on_device = [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
         yield rows, (trained, tokens), on_device
 
