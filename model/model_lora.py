@@ -44,10 +44,11 @@ class LoraConfig:
 class Adapter(nn.Module):
     """(alpha / rank) · B·A·x of one layer.  Shape: (…, in) → (…, out)."""
 
-    def __init__(self, in_features: int, out_features: int, config: LoraConfig, device: torch.device):
+    def __init__(self, base: nn.Linear, config: LoraConfig):
         super().__init__()
-        self.A = nn.Linear(in_features, config.rank, bias=False, device=device)  # torch's start: uniform to 1/√in
-        self.B = nn.Linear(config.rank, out_features, bias=False, device=device)
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.A = nn.Linear(base.in_features, config.rank, bias=False, **like)  # torch's start: uniform to 1/√in
+        self.B = nn.Linear(config.rank, base.out_features, bias=False, **like)
         nn.init.zeros_(self.B.weight)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
 
@@ -94,6 +95,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
     """Gives the model a new adapter, active and trainable; all else is frozen. It computes what it did before."""
     key = key_of(name)
+    for module in lora_layers(model).values():  # one of that name before it
+        if key in module.adapters:
+            del module.adapters[key]
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path.rpartition(".")[2] not in config.target_modules:
             continue
@@ -101,7 +105,7 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
             parent, _, child = path.rpartition(".")
             module = LoraLinear(module)
             setattr(model.get_submodule(parent), child, module)
-        module.adapters[key] = Adapter(module.in_features, module.out_features, config, module.weight.device)
+        module.adapters[key] = Adapter(module, config)
     model.requires_grad_(False)
     for module in lora_layers(model).values():
         if key in module.adapters:
@@ -152,10 +156,10 @@ def save_lora(model: nn.Module, path: str | Path, config: LoraConfig, name: str 
     path = Path(path)
     state = {k: v.to("cpu", torch.float16).contiguous() for k, v in lora_state_dict(model, name).items()}
     about = {"config": model.config.to_diff_dict(), "lora": asdict(config), **(extra or {})}
-    with atomic_open(path.with_suffix(".json"), "w") as f, atomic_open(path) as weights:
-        json.dump(about, f, ensure_ascii=False, indent=2)
-        f.flush()
+    # The JSON gets its name first: weights without their alpha would load at another scale.
+    with atomic_open(path) as weights, atomic_open(path.with_suffix(".json"), "w") as f:
         torch.save(state, weights)
+        json.dump(about, f, ensure_ascii=False, indent=2)
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str = "default") -> LoraConfig:

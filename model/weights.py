@@ -157,6 +157,8 @@ def load_model(
         config = model.config
     else:
         state = read_state_dict(path)
+        if any(".lora." in name for name in state):
+            raise WeightsError(f"{path} is a LoRA adapter, no model: name its base, and the adapter with --lora_name.")
         config = read_config(path, state)
         model = None
     for name, value in expected.items():

@@ -46,6 +46,7 @@ def read_rows(paths: list[Path]) -> list[dict]:
                 if read_size(row["size"]).use_moe:
                     continue
                 key = tuple(row[name] for name in ("size", "dtype", "compile", "batch_size", "seq_len", "optimizer"))
+                key += (report["machine"]["device"],)
                 rows[key] = row | {"machine": report["machine"]["device"]}
                 row["tokens_per_second"], row["seconds_per_update"], row["parameters"]  # must be there
         except FileNotFoundError:

@@ -20,7 +20,7 @@ from model.model_lora import (
     set_adapter,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import WeightsError
+from model.weights import WeightsError, load_model
 
 V = 61
 RANK_3 = LoraConfig(rank=3)
@@ -177,3 +177,17 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_alone(tmp_path):
     with pytest.raises(ValueError, match="letters"):
         add_lora(tiny(), config, "a.b")
     assert isinstance(with_adapter(tiny()).model.layers[0].mlp.up_proj, LoraLinear)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_takes_the_type_of_its_model(dtype, tmp_path):
+    path = tmp_path / "tea_32.pth"
+    save_lora(with_adapter(tiny()), path, RANK_3)
+    model = tiny().to(dtype)
+    for _ in range(2):  # the second takes the place of the first
+        load_lora(model, path)
+    logits = model(ids()).logits
+    assert logits.dtype is dtype
+    torch.testing.assert_close(logits.float(), with_adapter(tiny())(ids()).logits, rtol=0.1, atol=0.3)
+    with pytest.raises(WeightsError, match="is a LoRA adapter"):
+        load_model(path)

@@ -2,8 +2,8 @@
 
     loss = − 1/N · Σ log p(token_t | tokens before it in the same conversation),  t over what the assistant wrote   (1)
 
-The loss of SFT; only A and B of each targeted layer get gradients, optimiser state and a place in the file, a few
-hundred KB. The base stays as it is on disk and can carry other adapters tomorrow.
+The loss of SFT; only A and B of each targeted layer get gradients, optimiser state and a place in the file, about a
+MB. The base stays as it is on disk and can carry other adapters tomorrow.
 
 Logged: as in SFT; the gradient norm is that of the adapter.
 
@@ -14,7 +14,7 @@ Logged: as in SFT; the gradient norm is that of the adapter.
     python trainer/train_lora.py --resume                                  # after Ctrl-C, kill -9, a power cut
     python eval_model.py --lora_name lora_identity
 
-中文：LoRA 微调，冻结原模型，只训练各层旁边的两个小矩阵；文件只有几百 KB。
+中文：LoRA 微调，冻结原模型，只训练各层旁边的两个小矩阵；文件约 1 MB。
 
 Dimension legend: B batch · T tokens · V vocabulary.
 """
@@ -138,7 +138,7 @@ def main() -> None:
     add_lora(raw_model, config)
 
     # 4. Data: tokenised once, packed into rows
-    args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "lora", run))
+    args.data_path = str(utils.find_data(args.data_path, (f"{args.lora_name}.jsonl", *DATA_NAMES), "lora", run))
     data, held_out = utils.load_splits(SFTDataset, args, tokenizer, run)
     utils.plan_updates(args, len(data), run)
 
