@@ -182,9 +182,11 @@ def load_lora(model: nn.Module, path: str | Path, name: str = "default") -> Lora
                 f"{path} does not fit: {key} is {tuple(tensor.shape)}, this model and rank {config.rank} need {fits}."
             )
     targets = [layer for layer in linears if layer.rpartition(".")[2] in config.target_modules]
-    missing = sorted({f"{layer}.lora.{part}.weight" for layer in targets for part in "AB"} - state.keys())
-    if missing:
+    wanted = {f"{layer}.lora.{part}.weight" for layer in targets for part in "AB"}
+    if missing := sorted(wanted - state.keys()):
         raise WeightsError(f"{path} lacks {missing[0]} ({len(missing)} tensors in all): it is of another model.")
+    if beyond := sorted(state.keys() - wanted):
+        raise WeightsError(f"{path} also holds {beyond[0]}, which is none of its targets: file and JSON do not belong.")
     add_lora(model, config, name)
     for key, tensor in lora_state_dict(model, name).items():
         tensor.copy_(state[key])  # the parameters themselves

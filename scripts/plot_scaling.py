@@ -17,6 +17,7 @@ Dimension legend: R measured settings.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -69,17 +70,20 @@ def features(row: dict) -> list[float]:
 
 
 def fit(rows: list[dict]) -> np.ndarray:
-    """a, b, c, d of equation (1), none below zero: a term that would be negative is left out.  Shape: R rows → (4,)."""
+    """a, b, c, d ≥ 0 of equation (1) with the least squared relative error.  Shape: R rows → (4,).
+
+    That solution is the plain one of some terms with the others at 0, so all 15 choices of terms are tried.
+    """
     seconds = np.array([row["seconds_per_update"] for row in rows])
     relative = np.array([features(row) for row in rows]) / seconds[:, None]  # (R, 4): errors count in per cent
     scale = np.abs(relative).max(0)
-    kept, coefficients = list(range(len(TERMS))), np.zeros(len(TERMS))
-    while kept:
+    best, coefficients = np.inf, np.zeros(len(TERMS))
+    for kept in (list(c) for n in range(1, len(TERMS) + 1) for c in itertools.combinations(range(len(TERMS)), n)):
         found = np.linalg.lstsq((relative / scale)[:, kept], np.ones(len(rows)), rcond=None)[0]
-        if (found >= 0).all():
+        error = np.square((relative / scale)[:, kept] @ found - 1).sum()
+        if (found >= 0).all() and error < best:
+            best, coefficients = error, np.zeros(len(TERMS))
             coefficients[kept] = found / scale[kept]
-            break
-        del kept[int(found.argmin())]
     return coefficients
 
 

@@ -309,6 +309,10 @@ def test_scaling_refuses_to_mix_machines_or_to_fit_too_little(monkeypatch, tmp_p
     rows = scaling_report(tmp_path / "b.json", dtype="bfloat16")
     with pytest.raises(UserError, match="mix machines or settings"):
         run(plot_scaling, monkeypatch, tmp_path / "a.json", tmp_path / "b.json")
+    other = {"machine": {"device": "another card"}, "rows": scaling_report(tmp_path / "b.json")}
+    (tmp_path / "b.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(UserError, match="mix machines or settings"):  # the same settings, measured elsewhere
+        run(plot_scaling, monkeypatch, tmp_path / "a.json", tmp_path / "b.json")
     (tmp_path / "c.json").write_text(json.dumps({"machine": {"device": "x"}, "rows": rows[:4]}), encoding="utf-8")
     with pytest.raises(UserError, match="too few"):
         run(plot_scaling, monkeypatch, tmp_path / "c.json")

@@ -167,6 +167,10 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_alone(tmp_path):
         path.with_suffix(".json").write_text(json.dumps({**about, "lora": lora}), encoding="utf-8")
         with pytest.raises(WeightsError, match=reason):
             load_lora(tiny(), path)
+    about["lora"]["target_modules"] = ["q_proj"]
+    path.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(WeightsError, match="also holds"):
+        load_lora(tiny(), path)
     with pytest.raises(WeightsError, match="no whole peft adapter"):
         load_lora(tiny(), tmp_path)
     with pytest.raises(WeightsError, match="does not exist"):

@@ -22,9 +22,12 @@ from test_trainers import (  # noqa: F401 (fixtures)
     tree,
 )
 
+from dataset.lm_dataset import SFTDataset, token_bytes
 from model.model_lora import load_lora, lora_layers
-from model.weights import load_model
+from model.weights import load_model, load_tokenizer
 from trainer import train_lora
+from trainer import trainer_utils as utils
+from trainer.train_full_sft import summed_nll
 
 # ruff: noqa: F811 (fixtures as arguments)
 
@@ -40,9 +43,13 @@ def lora_flags(files, flags, reference):
     assert base.read_bytes() == before
 
 
-def test_an_adapter_learns_beside_a_frozen_base(lora_flags, reference, tmp_path):
+def test_an_adapter_learns_beside_a_frozen_base(lora_flags, reference, files, tmp_path, monkeypatch):
+    watch = Watch(monkeypatch)
     result = train(train_lora, lora_flags(learning_rate=2e-2))
     assert result.status == 0, result.err
+    assert len(watch.first) == 1 + 7 + 3 and len(watch.weights) == 14  # seen before the adapter came: the base alone
+    moved = [name for name, p in watch.first.items() if not torch.equal(p, watch.weights[-1][name])]
+    assert moved == [] and len(watch.weights[-1]) > len(watch.first)
     losses = curve(metrics(tmp_path, "lora_tea"))
     assert losses[-1] < losses[0] - 0.5
     path = tmp_path / "lora" / "tea_32.pth"
@@ -51,13 +58,20 @@ def test_an_adapter_learns_beside_a_frozen_base(lora_flags, reference, tmp_path)
     assert not list(tmp_path.glob("*.pth"))  # the base is not copied
 
     base = reference.out_dir / "pretrain_32.pth"
-    plain, adapted = load_model(base), load_model(base)
+    adapted = load_model(base)
     load_lora(adapted, path)
     assert path.stat().st_size < base.stat().st_size / 5 and len(lora_layers(adapted)) == 7
-    for name, p in plain.named_parameters():
-        assert torch.equal(p, adapted.get_parameter(name)), name
     validated = curve(metrics(tmp_path, "lora_tea"), "val_loss")
     assert validated[-1] < validated[0]
+    # The file, put onto the base, says what the trained model said (float16 in between).
+    held_out = SFTDataset(files.full_sft, load_tokenizer(), 64, "val", val_ratio=0.05, cache_dir=files.cache)
+    run = utils.Run("cpu", "float32", 42)
+    bytes_of = token_bytes(load_tokenizer())
+    plain, again = (
+        utils.validate(model, held_out, summed_nll, run, 4, 8, bytes_of)["val_loss"]
+        for model in (load_model(base), adapted)
+    )
+    assert again == pytest.approx(validated[-1], rel=1e-3) and plain > again + 0.5
     state, _ = final_state(tmp_path, "lora_tea")
     assert set(state["model"]) == {f"{layer}.lora.{part}.weight" for layer in lora_layers(adapted) for part in "AB"}
 

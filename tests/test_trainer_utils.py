@@ -397,6 +397,17 @@ def test_gradient_of_a_sure_token_keeps_its_digits():
     assert gradient[0].tolist() == pytest.approx([float(sure[0] - 1), float(sure[1])], rel=1e-2)
 
 
+def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():
+    weight, targets = torch.randn(V, 8), torch.arange(20)
+    grads = []
+    for head in (weight.clone().requires_grad_(), weight.clone()):
+        hidden = torch.linspace(-1, 1, 160).view(20, 8).requires_grad_()
+        chunked_nll(hidden, head, targets, 6).backward()
+        grads.append(hidden.grad)
+        assert (head.grad is not None) == head.requires_grad
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
 def test_loss_never_holds_all_logits():
     seen = []
 

@@ -384,7 +384,7 @@ class LoraKeeper(Keeper):
         self.config = config
         adapter = asdict(config) | {"target_modules": list(config.target_modules)}  # as JSON gives it back
         base = Path(args.from_weight)  # a file or a transformers folder
-        files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+        files = [base] if base.is_file() else sorted(p for p in base.iterdir() if p.suffix in (".safetensors", ".bin"))
         self.also_same = {"base weights": [sha256_of(path) for path in files], **adapter}
 
     def model_state(self) -> dict[str, Tensor]:

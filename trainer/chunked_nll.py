@@ -13,6 +13,7 @@ Dimension legend: N positions · n positions of one piece · D hidden size · V 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.model_minimind import IGNORE
@@ -35,8 +36,24 @@ def nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return -log_p.sum(), gradient
 
 
+def compiled_piece() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`nll_and_gradient` compiled for any number of positions at once.
+
+    Left to find out by itself, the compiler would make code of its own for the first number it sees; a resumed run may
+    see another one first, and would then round its loss differently.
+    """
+    compiled = torch.compile(nll_and_gradient)
+
+    def piece(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        for tensor in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, targets)
+
+    return piece
+
+
 class SummedNLL(torch.autograd.Function):
-    """Equation (1) with both gradients computed on the way forward."""
+    """Equation (1) with its gradients computed on the way forward; none for a frozen head (LoRA)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, piece: Callable) -> Tensor:
@@ -45,13 +62,15 @@ class SummedNLL(torch.autograd.Function):
         head = weight.to(dtype)
         total = torch.zeros((), device=hidden.device)
         hidden_grad = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-        weight_grad = torch.zeros(weight.shape, device=weight.device)  # float32: a sum over pieces
+        trains_head = ctx.needs_input_grad[1]
+        weight_grad = torch.zeros(weight.shape, device=weight.device) if trains_head else None  # float32: many sums
         for start in range(0, len(hidden), size):
             h = hidden[start : start + size].to(dtype)  # (n, D)
             nats, gradient = piece(h @ head.T, targets[start : start + size])
             total += nats
             hidden_grad[start : start + size] = gradient @ head
-            weight_grad += gradient.T @ h
+            if trains_head:
+                weight_grad += gradient.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
@@ -60,8 +79,11 @@ class SummedNLL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
         """`factor`, the gradient of the sum, scales both in float32: a loss scaler's 65,536 overflows nothing here."""
-        scaled = (grad.float() * factor for grad in ctx.saved_tensors)
-        return *(grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)), None, None, None
+        grads = [
+            None if grad is None else (grad.float() * factor).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *grads, None, None, None
 
 
 def chunked_nll(
@@ -69,11 +91,12 @@ def chunked_nll(
 ) -> Tensor:
     """Σ −log p of the targets in nats, equation (1); products run in autocast's dtype, all else in float32.
 
-    Args: size, positions per piece; piece, `nll_and_gradient` or its compiled form.
+    Args: size, positions per piece; piece, `nll_and_gradient` or `compiled_piece()`.
     Shape: hidden (N, D), weight (V, D) of the head, targets (N,), IGNORE where nothing is trained on → () float32.
     """
     size = size or (PIECE_ON_CPU if hidden.device.type == "cpu" else PIECE)
     if torch.is_grad_enabled():
         return SummedNLL.apply(hidden, weight, targets, size, piece)
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
-    return sum((piece(h @ weight.T, t)[0] for h, t in pieces), start=torch.zeros((), device=hidden.device))
+    nats = (F.cross_entropy((h @ weight.T).float(), t, ignore_index=IGNORE, reduction="sum") for h, t in pieces)
+    return sum(nats, start=torch.zeros((), device=hidden.device))

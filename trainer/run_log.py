@@ -38,7 +38,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """FLOPs of forward and backward for one token: 6 per weight that takes part, plus attention.
+    """FLOPs of forward and backward for one token: 6 per weight that takes part (4 where it is frozen), plus attention.
 
     The PaLM count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): the tied embedding counts once, as the output
     head; of the routed experts only the k that a token visits count. Attention adds 12·L·D·T for a full row, halved as
@@ -49,7 +49,9 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
     if config.use_moe:
         expert = 3 * config.hidden_size * config.intermediate_size
         weights -= config.num_hidden_layers * (config.n_routed_experts - config.num_experts_per_tok) * expert
-    return 6 * weights + 6 * config.num_hidden_layers * config.hidden_size * seq_len
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = weights if not frozen else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4 * weights + 2 * trained + 6 * config.num_hidden_layers * config.hidden_size * seq_len
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -33,7 +33,7 @@ from dataset.lm_dataset import SFTDataset, token_bytes
 from model.model_lora import TARGETS, LoraConfig, add_lora, key_of
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
-from trainer.command_line import number, run_script
+from trainer.command_line import UserError, number, run_script
 from trainer.optimizer import make_optimizer, step_if
 from trainer.train_full_sft import summed_nll
 
@@ -134,6 +134,8 @@ def main() -> None:
     # 3. Model: the base, frozen, and a new adapter, which changes nothing yet
     tokenizer = checkpoint.start_tokenizer(args)
     raw_model = checkpoint.start_base(args, tokenizer, run)
+    if args.dropout and raw_model.config.use_moe:  # grouped products take whole matrices, whose inputs are not theirs
+        raise UserError("--dropout: a mixture of experts takes none in its adapters; leave the flag out.")
     config = LoraConfig(args.rank, args.alpha, args.dropout, tuple(args.target_modules))
     add_lora(raw_model, config)
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.model_minimind import IGNORE, MOEFeedForward, grouped_mm_works
-from trainer.chunked_nll import nll_and_gradient
+from trainer.chunked_nll import compiled_piece
 from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
 
@@ -95,7 +95,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
 class Run:
     """One training process among `world_size`: its device, its arithmetic, its share in collectives.
 
-    Started with `python` there is one process; under torchrun one per device (nccl on CUDA, gloo elsewhere).
+    Started with `python` there is one process; under torchrun one per device (nccl between cards, gloo between hosts).
     """
 
     def __init__(self, device: str | None, dtype: str, seed: int, keep_memory: bool = True):
@@ -238,7 +238,7 @@ def compile_and_wrap(
     """The module to train through, and the loss function, compiled where it pays and wrapped for several ranks.
 
     Rows have one shape, so the model is compiled once. Of the loss what lies between its matrix products is compiled,
-    which then never holds float32 logits; it is compiled again, for any size, when a piece of another size comes.
+    for pieces of any size, and then never holds float32 logits.
     """
     looping = False
     for module in raw_model.modules():
@@ -250,7 +250,7 @@ def compile_and_wrap(
         args.compile = compile_pays(run, tokens, looping)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
     if args.compile:
-        nll = functools.partial(nll, piece=torch.compile(nll_and_gradient))
+        nll = functools.partial(nll, piece=compiled_piece())
     return run.wrap(model), nll
 
 
