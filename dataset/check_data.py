@@ -10,6 +10,7 @@ Pretraining and SFT files are tokenised into the cache that training then uses, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import json_lines, record_formats
 from dataset import lm_dataset as lm
+from dataset import stage_datasets as stages
 from dataset import token_cache as tc
 
 STAGES = {
@@ -66,22 +68,6 @@ class Report:
 # ---- reading a record of each stage --------------------------------------------------------------
 
 
-def _reason_reader(tokenizer: Any) -> Callable[[dict], lm.Rendered]:
-    render = lm.ChatRenderer(tokenizer)
-    return lambda record: render(*record_formats.parse_reason(record))
-
-
-def _dpo_reader(tokenizer: Any) -> Callable[[dict], list[lm.Rendered]]:
-    render = lm.ChatRenderer(tokenizer)
-
-    def read(record: dict) -> list[lm.Rendered]:
-        chosen, rejected, tools = record_formats.parse_dpo(record)
-        both = [render(messages, tools) for messages in (chosen, rejected)]
-        return [one._replace(spans=one.spans[-1:]) for one in both]  # the last answers are what is compared
-
-    return read
-
-
 def _rl_reader(tokenizer: Any) -> Callable[[dict], list[lm.Rendered]]:
     render = lm.ChatRenderer(tokenizer)
 
@@ -102,7 +88,7 @@ def _choice_reader(tokenizer: Any) -> Callable[[dict], list[lm.Rendered]]:
 
 
 def _encode_groups(items: list[list], tokenizer: Any) -> tuple[list, list]:
-    """Items of one or two sequences each → per item a list of ids and a list of masks."""
+    """Items of one sequence each → per item a list of ids and a list of masks."""
     ids, trained = lm.encode_rendered([rendered for item in items for rendered in item], tokenizer)
     ends = np.cumsum([len(item) for item in items])
     return [[lst[e - len(item) : e] for e, item in zip(ends, items, strict=True)] for lst in (ids, trained)]
@@ -111,8 +97,8 @@ def _encode_groups(items: list[list], tokenizer: Any) -> tuple[list, list]:
 FORMATS = {
     "pretrain": lm.PRETRAIN,
     "sft": lm.SFT,
-    "reason": tc.RecordFormat("reason", _reason_reader, lm.encode_rendered, masked=True),
-    "dpo": tc.RecordFormat("dpo", _dpo_reader, _encode_groups, masked=True),
+    "reason": stages.REASON,
+    "dpo": dataclasses.replace(stages.PairDataset.format, encode=stages.encode_pairs),
     "rl": tc.RecordFormat("rl", _rl_reader, _encode_groups, masked=True),
     "choice": tc.RecordFormat("choice", _choice_reader, _encode_groups, masked=True),
 }

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 IGNORE = -100  # label of a token that is not trained on (the default ignore_index of cross entropy)
+TRAINED = 1  # mark of a token that is trained on, in a cache
 PACK_VERSION = 1
 RELEASE_TOKENS = 1 << 18  # read so many tokens, then hand the mapped pages back: each row read maps some 64 KiB
 
@@ -327,6 +328,8 @@ class PackedDataset(torch.utils.data.Dataset):
         self.cache = open_cache(path, tokenizer, self.format, cache_dir, skip_bad_records, show_progress)
         settings = {"version": PACK_VERSION, "cache": self.cache.folder.name, "max_seq_len": max_seq_len, "seed": seed}
         settings |= {"val_ratio": val_ratio, "max_val_records": max_val_records}
+        if self.format.whole:
+            settings["whole"] = True
         if split == "all":
             settings |= {"val_ratio": 0, "max_val_records": 0}
         self.data_key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
@@ -352,9 +355,16 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         if not -1 <= row < self._n_rows:
             raise IndexError(f"row {row} of {self._n_rows}")
+        ids, marks, positions, documents = self.read_row(row)
+        labels = np.where(marks == TRAINED, ids, IGNORE)
+        arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": documents}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def read_row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, marks of the cache, positions, documents) of one row, (T,) each; the first mark of a segment is 0."""
         width = self.max_seq_len
         ids = np.full(width, self.pad_token_id, dtype=np.int64)
-        trained = np.zeros(width, dtype=bool)
+        marks = np.zeros(width, dtype=np.uint8)
         positions = np.zeros(width, dtype=np.int64)
         documents = np.full(width, -1, dtype=np.int64)
         if row >= 0:
@@ -367,7 +377,7 @@ class PackedDataset(torch.utils.data.Dataset):
             for document, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 end = at + length
                 ids[at:end] = tokens[start : start + length]
-                trained[at + 1 : end] = True if mask is None else mask[start + 1 : start + length]
+                marks[at + 1 : end] = TRAINED if mask is None else mask[start + 1 : start + length]
                 positions[at:end] = count[:length]
                 documents[at:end] = document
                 at = end
@@ -377,9 +387,12 @@ class PackedDataset(torch.utils.data.Dataset):
                 self.cache.tokens.release()
                 if self.cache.trained:
                     self.cache.trained.release()
-        labels = np.where(trained, ids, IGNORE)
-        arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": documents}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return ids, marks, positions, documents
+
+    @staticmethod
+    def count_terms(batch: dict[str, torch.Tensor]) -> int:
+        """Of how many terms the loss of a batch is the sum: its trained tokens."""
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
 
     @staticmethod
     def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -104,6 +104,8 @@ def write_plan(tmp: Path, cache: TokenCache, settings: dict) -> None:
     if cache.first_trained is not None:
         # The first token of a segment is never predicted, so a mask that begins there begins at the second.
         dropped = np.maximum(cache.first_trained.array, 1) >= np.minimum(lengths, width)
+    if settings.get("whole"):
+        dropped |= lengths > width
     stats = {}
     for part, here in (("train", ~is_val), ("val", is_val)):
         mine = np.flatnonzero(here & ~dropped)
@@ -144,7 +146,8 @@ def _count_trained(cache: TokenCache, starts: np.ndarray, lengths: np.ndarray, b
     for i in range(0, len(starts), block):
         s, n = starts[i : i + block], lengths[i : i + block]
         base = int(s[0])
-        sums = np.concatenate([[0], np.cumsum(cache.trained.array[base : int(s[-1] + n[-1])], dtype=np.int64)])
+        trained = cache.trained.array[base : int(s[-1] + n[-1])] == 1
+        sums = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
         total += int((sums[s + n - base] - sums[s + 1 - base]).sum())
         cache.trained.release()
     return total

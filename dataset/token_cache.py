@@ -59,13 +59,16 @@ class RecordFormat:
 
     reader(tokenizer) -> read                    made once; read(record) -> item checks one parsed record and raises
                                                  ValueError(reason) when it is bad
-    encode(items, tokenizer) -> (ids, trained)   lists of int and of bool arrays; trained is None for plain text
+    encode(items, tokenizer) -> (ids, trained)   lists of int and of bool or uint8 arrays (1: the loss counts the token);
+                                                 trained is None for plain text
+    whole                                        a record that is longer than a row is left out, never cut
     """
 
     name: str
     reader: Callable[[Any], Callable[[dict], Any]]
     encode: Callable[[list, Any], tuple[list[np.ndarray], list[np.ndarray] | None]]
     masked: bool
+    whole: bool = False
 
 
 @contextmanager
@@ -171,7 +174,7 @@ def generate_rows(
                 "hashes": np.array([token_hash(tokens[a:z]) for a, z in pairwise(offsets.tolist())], np.uint64),
             }
             if fmt.masked:
-                row["trained"] = np.concatenate([np.zeros(0, bool), *trained])
+                row["trained"] = np.concatenate([np.zeros(0, np.uint8), *trained], dtype=np.uint8, casting="unsafe")
                 row["first_trained"] = _first_true(row["trained"], offsets)
             # As bytes: `datasets` would turn an array into a list of Python numbers on its way into Arrow.
             row = {name: array.tobytes() for name, array in row.items()}

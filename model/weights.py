@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order of the pipeline; the newest file decides, the later stage where two are equally new.
-TRAINERS = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py"}
+TRAINERS = {
+    "pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "rlhf": "train_dpo.py",
+    "full_dist": "train_distillation.py", "reason": "train_distill_reason.py", "grpo": "train_grpo.py",
+    "ppo_actor": "train_ppo.py",
+}  # fmt: skip
 STAGES = ("pretrain", "full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo_actor")
 
 
@@ -169,6 +174,8 @@ def load_model(
             )
     if model is None:
         model = MiniMindForCausalLM(config)
+        if "score.weight" in state:  # a reward model (trainer/train_reward.py)
+            model.score = nn.Linear(config.hidden_size, 1, bias=False)
         if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         try:

@@ -119,7 +119,7 @@ def test_another_base_or_rank_is_refused(lora_flags, reference, tmp_path):
     result = train(train_lora, ["--resume", "--out_dir", str(tmp_path), "--lora_name", "other"])
     assert result.status == 2 and "found no saved state of lora_other" in result.err
     result = train(train_lora, lora_flags(from_weight="none"))
-    assert result.status == 2 and "an adapter needs a trained model" in result.err
+    assert result.status == 2 and "this stage needs a trained model" in result.err
     result = train(train_lora, lora_flags(lora_name="../x"))
     assert result.status == 2 and "--lora_name" in result.err and "letters, digits" in result.err
     assert tree(tmp_path) == before

@@ -90,6 +90,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_weights(path: Path) -> list[str]:
+    """Of a weight file, or of the weight files in a transformers folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    return [sha256_of(file) for file in files]
+
+
 def save_state(folder: Path, state: dict, facts: dict, step: int, keep: int = 2) -> None:
     """Writes one state atomically and keeps the newest `keep` of them.
 
@@ -262,13 +268,14 @@ def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, ru
 
 
 def start_base(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run) -> MiniMindForCausalLM:
-    """The model that stays frozen: read again by a resumed run, whose states do not hold it.
+    """The model of `--from_weight` as it is on disk, also in a resumed run, whose states do not hold it: the frozen
+    base of an adapter, the reference of a policy.
 
     Raises: WeightsError as `start_model`; UserError without weights.
     """
     path = start_weights(args)
     if path is None:
-        raise UserError("--from_weight none: an adapter needs a trained model; give a stage or a file.")
+        raise UserError("--from_weight none: this stage needs a trained model; give a stage or a file.")
     args.from_weight = args.given["from_weight"] = str(path.resolve())  # "the newest" may be another one by then
     asked, args.resume = args.resume, False
     try:
@@ -383,9 +390,7 @@ class LoraKeeper(Keeper):
         self.weights = weight_path(Path(args.out_dir) / "lora", args.lora_name, model.config)
         self.config = config
         adapter = asdict(config) | {"target_modules": list(config.target_modules)}  # as JSON gives it back
-        base = Path(args.from_weight)  # a file or a transformers folder
-        files = [base] if base.is_file() else sorted(p for p in base.iterdir() if p.suffix in (".safetensors", ".bin"))
-        self.also_same = {"base weights": [sha256_of(path) for path in files], **adapter}
+        self.also_same = {"base weights": sha256_of_weights(Path(args.from_weight)), **adapter}
 
     def model_state(self) -> dict[str, Tensor]:
         return lora_state_dict(self.model)

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -69,10 +70,25 @@ def process_memory_gib(children: bool = False) -> float | None:
     return resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def progress_bar(steps: Iterable, title: str, run: Run) -> Iterable:
+    """A bar over preparations, on the terminal of rank 0."""
+    return tqdm(steps, desc=title, leave=False, disable=not (run.is_main and sys.stderr.isatty()))
+
+
 class RunLog:
     """Collects the figures of a run between two log lines. Only rank 0 writes."""
 
-    def __init__(self, run: Run, stage: str, keeper: Keeper, args: Namespace, model: nn.Module, data: Dataset):
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        keeper: Keeper,
+        args: Namespace,
+        model: nn.Module,
+        data: Dataset,
+        unit: str = "nats per token",
+    ):
+        self.unit = unit
         self.run, self.stage, self.folder, self.epochs = run, stage, keeper.folder, args.epochs
         self.total_steps = args.total_steps
         self.flops = flops_per_token(model, args.max_seq_len)
@@ -94,9 +110,11 @@ class RunLog:
         ranks = f" × {run.world_size} ranks" if run.world_size > 1 else ""
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         kind = ", mixture of experts" if config.use_moe else ""
+        left_out = data.stats.get("dropped", 0)
         lines = [
             f"model   {parameters:.2f}M parameters, {config.hidden_size} × {config.num_hidden_layers} layers{kind}",
-            f"data    {args.data_path}: {len(data)} rows of {args.max_seq_len} tokens, {data.stats['fill']:.1%} filled",
+            f"data    {args.data_path}: {len(data)} rows of {args.max_seq_len} tokens, {data.stats['fill']:.1%} filled"
+            + (f"; {left_out} records too long for a row are left out" if left_out else ""),
             f"batch   {args.batch_size} rows × {args.accumulation_steps} micro-batches{ranks} = {rows} rows, "
             f"{rows * args.max_seq_len:,} tokens per update",
             f"plan    {args.total_steps} updates in {args.epochs} epochs, learning rate {args.learning_rate:g} after "
@@ -111,6 +129,7 @@ class RunLog:
         self.nats = torch.zeros((), device=self.run.device)
         self.trained = 0
         self.expert_load: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
 
     def _forget_after(self, step: int) -> None:
         """Drops the records after the resumed step, so that the file tells one uninterrupted run."""
@@ -120,12 +139,15 @@ class RunLog:
             with atomic_open(path, "w") as f:
                 f.writelines(json.dumps(record) + "\n" for record in kept)
 
-    def count(self, nats: Tensor, trained: Tensor, tokens: int, waited_seconds: float) -> None:
-        """One update done: summed loss of this rank, trained tokens of all ranks, real tokens of all ranks.
+    def count(self, nats: Tensor, trained: Tensor, tokens: int, waited_seconds: float, **sums: Tensor) -> None:
+        """One update done: summed loss of this rank, terms of the loss (trained tokens) and real tokens of all ranks.
 
-        The first two stay on the device until a line is due.
+        Other figures of this rank, summed like the loss, are shown like it: as means over the terms. Tensors stay on
+        the device until a line is due.
         """
         self.nats += nats.detach()
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.trained += trained
         self.tokens += tokens
         self.wait += waited_seconds
@@ -147,6 +169,7 @@ class RunLog:
             "step": progress.step,
             "epoch": progress.epoch + 1,
             "loss": nats / trained if trained else math.nan,
+            **{name: self.run.sum_ranks(total.clone()).item() / max(trained, 1) for name, total in self.sums.items()},
             "lr": lr,
             "grad_norm": float(grad_norm),
             "tokens": progress.tokens,
@@ -169,6 +192,7 @@ class RunLog:
             f"epoch {record['epoch']}/{self.epochs}",
             f"step {progress.step}/{self.total_steps}",
             f"loss {record['loss']:.4f}",
+            *(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in self.sums),
             f"lr {lr:.2e}",
             f"gnorm {record['grad_norm']:.2f}",
             f"{rate / 1000:.1f}k tok/s",
@@ -202,7 +226,10 @@ class RunLog:
         """A validation result; the time it took does not count as training time."""
         if result is not None:
             text = f"{self.stage} | step {progress.step}/{self.total_steps} | validation loss {result['val_loss']:.4f}"
-            self.write({"step": progress.step, **result}, f"{text} | {result['val_bpb']:.4f} bits per byte")
+            named = {"val_bpb": "bits per byte"}
+            for name, value in list(result.items())[1:]:
+                text += f" | {value:.4f} {named.get(name, name.removeprefix('val_').replace('_', ' '))}"
+            self.write({"step": progress.step, **result}, text)
 
     def pause(self) -> "Pause":
         """`with log.pause():` keeps saving and validating out of tokens/s."""
@@ -212,7 +239,7 @@ class RunLog:
         """Closes the bar and wandb, and draws the loss curve."""
         self.bar.close()
         try:
-            if self.run.is_main and (picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}")):
+            if self.run.is_main and (picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}", self.unit)):
                 print(f"loss curve: {picture}")
         except OSError as error:  # the weights are saved: a picture less is no failed run
             print(f"warning: no loss curve ({error})", file=sys.stderr)
@@ -258,8 +285,8 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def plot_loss(folder: Path, title: str) -> Path | None:
-    """Draws training and validation loss over steps into `loss.png`; None when there is nothing to draw."""
+def plot_loss(folder: Path, title: str, unit: str = "nats per token") -> Path | None:
+    """Draws training and held-out loss over steps into `loss.png`; None when there is nothing to draw."""
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
@@ -278,7 +305,7 @@ def plot_loss(folder: Path, title: str) -> Path | None:
     if val:
         axes.plot(*zip(*val, strict=True), color="#c8553d", marker="o", markersize=3.5, linewidth=1.2, label="held out")
         axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(4, 6), color="#c8553d")
-    axes.set(title=title, xlabel="update", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="update", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for side in ("top", "right"):

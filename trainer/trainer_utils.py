@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.model_minimind import IGNORE, MOEFeedForward, grouped_mm_works
+from model.model_minimind import MOEFeedForward, grouped_mm_works
 from trainer.chunked_nll import compiled_piece
 from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
@@ -233,8 +233,8 @@ def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> boo
 
 
 def compile_and_wrap(
-    raw_model: nn.Module, nll: Callable, run: Run, args: argparse.Namespace
-) -> tuple[nn.Module, Callable[..., Tensor]]:
+    raw_model: nn.Module, nll: Callable | None, run: Run, args: argparse.Namespace
+) -> tuple[nn.Module, Callable[..., Tensor] | None]:
     """The module to train through, and the loss function, compiled where it pays and wrapped for several ranks.
 
     Rows have one shape, so the model is compiled once. Of the loss what lies between its matrix products is compiled,
@@ -249,7 +249,7 @@ def compile_and_wrap(
         tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         args.compile = compile_pays(run, tokens, looping)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
-    if args.compile:
+    if args.compile and nll is not None:
         nll = functools.partial(nll, piece=compiled_piece())
     return run.wrap(model), nll
 
@@ -400,7 +400,7 @@ class RowOrder(Sampler):
 def read_updates(
     dataset: Dataset, order: RowOrder, device: torch.device, num_workers: int | None
 ) -> Iterator[tuple[int, tuple[int, int], list[dict[str, Tensor]]]]:
-    """Yields, update by update, the number of new rows, this rank's (trained, real) tokens, and its micro-batches.
+    """Yields, per update, the number of new rows, this rank's (terms of the loss, real tokens) and its micro-batches.
 
     The micro-batches are on the device, the counts on the host: asking the device for them would let it run dry.
     """
@@ -417,10 +417,10 @@ def read_updates(
     batches = iter(loader)
     for rows, micros in order.updates():
         batch = [next(batches) for _ in micros]
-        trained = sum(int((micro["labels"][:, 1:] != IGNORE).sum()) for micro in batch)
+        terms = sum(dataset.count_terms(micro) for micro in batch)  # trained tokens, or pairs of answers
         tokens = sum(int((micro["documents"] >= 0).sum()) for micro in batch)
         on_device = [{k: v.to(device, non_blocking=True) for k, v in micro.items()} for micro in batch]
-        yield rows, (trained, tokens), on_device
+        yield rows, (terms, tokens), on_device
 
 
 def ignore_signals(worker: int) -> None:
