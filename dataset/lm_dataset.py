@@ -389,6 +389,9 @@ class PackedDataset(torch.utils.data.Dataset):
                     self.cache.trained.release()
         return ids, marks, positions, documents
 
+    def describe(self, width: int) -> str:
+        return f"{len(self)} rows of {width} tokens, {self.stats['fill']:.1%} filled"
+
     @staticmethod
     def count_terms(batch: dict[str, torch.Tensor]) -> int:
         """Of how many terms the loss of a batch is the sum: its trained tokens."""

@@ -10,6 +10,8 @@ Legend: B rows of a batch · T tokens of a row · N trained positions · P pairs
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable
@@ -28,8 +30,9 @@ from dataset.lm_dataset import (
     SFTDataset,
     encode_rendered,
 )
+from dataset.packing import split_records
 from dataset.record_formats import parse_dpo, parse_reason, parse_rl, parse_sft
-from dataset.token_cache import RecordFormat
+from dataset.token_cache import RecordFormat, token_hash
 
 REJECTED = 2  # mark of the token with which the second conversation of a pair begins
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # what the chat template opens an answer with when thinking is off
@@ -70,7 +73,8 @@ def _encode_joined_pairs(pairs: list, tokenizer: Any) -> tuple[list[np.ndarray],
 
 
 class PairDataset(PackedDataset):
-    """`{"chosen": […], "rejected": […]}` records. A row holds whole pairs; one longer than a row is left out (`dropped`).
+    """`{"chosen": […], "rejected": […]}` records. A row holds whole pairs; longer ones are left out, and counted in
+    `dropped`.
 
     In a row the two conversations of pair p are the documents 2p (chosen) and 2p + 1 (rejected): neither sees the
     other. Labels are set on the last answers.
@@ -79,6 +83,8 @@ class PairDataset(PackedDataset):
     format = RecordFormat("dpo", _pair_reader, _encode_joined_pairs, masked=True, whole=True)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if not -1 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
         ids, marks, _, documents = self.read_row(row)
         begins = marks == REJECTED
         documents = np.where(documents >= 0, documents + np.cumsum(begins), -1)
@@ -190,47 +196,72 @@ class MixedDataset(torch.utils.data.Dataset):
             raise IndexError(f"row {row} of {len(self)}")
         return self.other[(row - len(self.main)) % len(self.other)]
 
+    def describe(self, width: int) -> str:
+        return f"{len(self)} rows of {width} tokens, {self.stats['fill']:.1%} filled, {self.added} of them mixed in"
+
 
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-class PromptDataset:
+class PromptDataset(torch.utils.data.Dataset):
     """`{"conversations": […], "answer": …}` records as prompts for a model that writes the answers itself.
 
-    `prompts[i]` is {"ids": tokens up to where the assistant begins, "record": {"messages", "tools", "question",
-    "answer"}}: prompts are few and short beside what is written to them, so they stay in memory.
-
-    Args: max_prompt_len, in tokens: longer ones are left out and counted in `dropped`; options, of the chat template.
-    Raises: DataError with file, line and reason.
+    `data[i]` is {"ids": tokens up to where the assistant begins, "record": {"messages", "tools", "question",
+    "answer"}}. Prompts are few and short beside what is written to them, so they stay in memory.
     """
 
-    def __init__(self, path: str | os.PathLike, tokenizer: Any, max_prompt_len: int, skip_bad: bool = False, **options):
-        self.path = check_file(path)
-        self.skipped = 0
-        render, rendered, records = ChatRenderer(tokenizer), [], []
-        for number, raw in read_lines(self.path):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        tokenizer: Any,
+        max_seq_len: int,
+        split: str = "train",
+        val_ratio: float = 0.05,
+        seed: int = 42,
+        cache_dir: str | os.PathLike | None = None,
+        skip_bad_records: bool = False,
+        show_progress: bool = True,
+        max_val_records: int = 2000,
+        max_new_tokens: int = 1,
+        **options: Any,
+    ):
+        """
+        Args: as of PackedDataset (nothing is cached); prompts that leave no room for max_new_tokens in max_seq_len are
+        left out and counted; options, of the chat template.
+        Raises: DataError with file, line and reason.
+        """
+        path = check_file(path)
+        skipped, render, rendered, records = 0, ChatRenderer(tokenizer), [], []
+        for number, raw in read_lines(path):
             try:
                 messages, tools, answer = parse_rl(parse_line(raw))
                 rendered.append(render(messages, tools, add_generation_prompt=True, **options))
             except ValueError as error:
-                if skip_bad:
-                    self.skipped += 1
-                    continue
-                raise DataError(f"{path}, line {number}: {error} (--skip_bad_records leaves such lines out)") from None
+                if not skip_bad_records:
+                    advice = "--skip_bad_records leaves such lines out"
+                    raise DataError(f"{path}, line {number}: {error} ({advice})") from None
+                skipped += 1
+                continue
             question = messages[-1]["content"]
             records.append({"messages": messages, "tools": tools, "question": question, "answer": answer})
-        all_ids, _ = encode_rendered(rendered, tokenizer) if rendered else ([], [])
-        pairs = [(ids.tolist(), record) for ids, record in zip(all_ids, records, strict=True)]
-        self.prompts = [{"ids": ids, "record": record} for ids, record in pairs if len(ids) <= max_prompt_len]
-        self.dropped = len(pairs) - len(self.prompts)
-        if not self.prompts:
-            raise DataError(
-                f"{path} holds no prompt of at most {max_prompt_len} tokens ({self.dropped} are longer, "
-                f"{self.skipped} are bad); see `python dataset/check_data.py`"
-            )
+        all_ids = encode_rendered(rendered, tokenizer)[0] if rendered else []
+        hashes = np.array([token_hash(ids) for ids in all_ids], np.uint64)
+        held_out = split_records(hashes, 0 if split == "all" else val_ratio, max_val_records)
+        pairs = [
+            {"ids": ids.tolist(), "record": record}
+            for ids, record, is_val in zip(all_ids, records, held_out, strict=True)
+            if is_val == (split == "val")
+        ]
+        self.prompts = [pair for pair in pairs if len(pair["ids"]) + max_new_tokens <= max_seq_len]
+        self.stats = {"records": len(records), "skipped": skipped, "dropped": len(pairs) - len(self.prompts)}
+        said = [(pair["ids"], pair["record"]["answer"]) for pair in self.prompts]
+        self.data_key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:20]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict:
         return self.prompts[index]
+
+    def describe(self, width: int) -> str:
+        return f"{len(self)} prompts"

@@ -59,8 +59,8 @@ class RecordFormat:
 
     reader(tokenizer) -> read                    made once; read(record) -> item checks one parsed record and raises
                                                  ValueError(reason) when it is bad
-    encode(items, tokenizer) -> (ids, trained)   lists of int and of bool or uint8 arrays (1: the loss counts the token);
-                                                 trained is None for plain text
+    encode(items, tokenizer) -> (ids, trained)   lists of int and of bool or uint8 arrays, 1 where the loss counts the
+                                                 token; trained is None for plain text
     whole                                        a record that is longer than a row is left out, never cut
     """
 

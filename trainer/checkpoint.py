@@ -160,9 +160,11 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
         kept = {name: value for name, value in newest[1]["args"].items() if name not in ("resume", "out_dir", "device")}
         parser.set_defaults(**kept)
         args = parser.parse_args(argv)
-    for name in ("data_path", "cache_dir", "from_weight"):  # whole paths: the run may be resumed from another folder
+    # Whole paths: the run may be resumed from another folder.
+    for name in ("data_path", "mix_path", "cache_dir", "from_weight", "teacher"):
         value = getattr(args, name, None)
-        if value and (name != "from_weight" or (value not in STAGES and Path(value).is_file())):
+        is_stage = name in ("from_weight", "teacher") and value in STAGES
+        if value and not is_stage and (name in ("data_path", "mix_path", "cache_dir") or Path(value).is_file()):
             setattr(args, name, str(Path(value).resolve()))
     if args.use_wandb and importlib.util.find_spec("wandb") is None:  # before an earlier run is moved aside
         raise UserError("--use_wandb needs the wandb package: pip install wandb, or leave the flag out.")

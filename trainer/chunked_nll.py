@@ -5,7 +5,8 @@
 
 The vocabulary is the widest thing in a small model: at 32 rows of 512 its logits in float32, their softmax and their
 gradient would each take 400 MB. As the sum (1) only gets scaled later, the gradient (2) of each piece is taken at once,
-turned into gradients of h and W, and forgotten: no product more than usual (Hsu et al. 2024, arXiv:2410.10989).
+turned into gradients of h and W, and forgotten: no product more than usual (Hsu et al. 2024, arXiv:2410.10989). Any
+other loss that is a sum over positions goes the same way, given its own (1) and (2); distillation is one.
 
 Dimension legend: N positions · n positions of one piece · D hidden size · V vocabulary.
 """
@@ -52,11 +53,11 @@ def compiled_piece() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return piece
 
 
-class SummedNLL(torch.autograd.Function):
-    """Equation (1) with its gradients computed on the way forward; none for a frozen head (LoRA)."""
+class SummedLoss(torch.autograd.Function):
+    """A loss summed over positions, with its gradients computed on the way forward; none for a frozen head (LoRA)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, piece: Callable) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, size: int, piece: Callable, *targets: Tensor) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         head = weight.to(dtype)
@@ -66,13 +67,13 @@ class SummedNLL(torch.autograd.Function):
         weight_grad = torch.zeros(weight.shape, device=weight.device) if trains_head else None  # float32: many sums
         for start in range(0, len(hidden), size):
             h = hidden[start : start + size].to(dtype)  # (n, D)
-            nats, gradient = piece(h @ head.T, targets[start : start + size])
-            total += nats
+            loss, gradient = piece(h @ head.T, *(t[start : start + size] for t in targets))
+            total += loss
             hidden_grad[start : start + size] = gradient @ head
             if trains_head:
                 weight_grad += gradient.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes, ctx.others = (hidden.dtype, weight.dtype), 2 + len(targets)
         return total
 
     @staticmethod
@@ -83,7 +84,19 @@ class SummedNLL(torch.autograd.Function):
             None if grad is None else (grad.float() * factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None
+        return *grads, *[None] * ctx.others
+
+
+def summed_through_head(
+    hidden: Tensor, weight: Tensor, targets: tuple[Tensor, ...], piece: Callable, size: int | None = None
+) -> Tensor:
+    """Σ of a loss over positions, differentiable in the hidden states and the head.
+
+    Args: targets, tensors of N rows; piece(logits (n, V), *their n rows) → (sum (), its gradient (n, V)); size,
+    positions per piece.  Shape: hidden (N, D), weight (V, D) → () float32.
+    """
+    size = size or (PIECE_ON_CPU if hidden.device.type == "cpu" else PIECE)
+    return SummedLoss.apply(hidden, weight, size, piece, *targets)
 
 
 def chunked_nll(
@@ -94,9 +107,9 @@ def chunked_nll(
     Args: size, positions per piece; piece, `nll_and_gradient` or `compiled_piece()`.
     Shape: hidden (N, D), weight (V, D) of the head, targets (N,), IGNORE where nothing is trained on → () float32.
     """
-    size = size or (PIECE_ON_CPU if hidden.device.type == "cpu" else PIECE)
     if torch.is_grad_enabled():
-        return SummedNLL.apply(hidden, weight, targets, size, piece)
+        return summed_through_head(hidden, weight, (targets,), piece, size)
+    size = size or (PIECE_ON_CPU if hidden.device.type == "cpu" else PIECE)
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
     nats = (F.cross_entropy((h @ weight.T).float(), t, ignore_index=IGNORE, reduction="sum") for h, t in pieces)
     return sum(nats, start=torch.zeros((), device=hidden.device))

@@ -87,8 +87,11 @@ class RunLog:
         model: nn.Module,
         data: Dataset,
         unit: str = "nats per token",
+        curve: str = "loss",
+        batch: str | None = None,
     ):
-        self.unit = unit
+        """Args: curve, the figure of the picture, which has this unit; batch, what an update works on, in words."""
+        self.unit, self.curve = unit, curve
         self.run, self.stage, self.folder, self.epochs = run, stage, keeper.folder, args.epochs
         self.total_steps = args.total_steps
         self.flops = flops_per_token(model, args.max_seq_len)
@@ -96,14 +99,14 @@ class RunLog:
         self.wandb = start_wandb(args, stage, keeper.wandb_id) if args.use_wandb and run.is_main else None
         keeper.wandb_id = self.wandb.id if self.wandb else None
         if run.is_main:
-            self._announce(args, model, data)
+            self._announce(args, model, data, batch)
         self._forget_after(keeper.progress.step)
         terminal = run.is_main and sys.stderr.isatty()
         done = keeper.progress.step
         self.bar = tqdm(total=args.total_steps, initial=done, unit="step", disable=not terminal, leave=False)
         self._restart()
 
-    def _announce(self, args: Namespace, model: nn.Module, data: Dataset) -> None:
+    def _announce(self, args: Namespace, model: nn.Module, data: Dataset, batch: str | None) -> None:
         """The resolved settings and the arithmetic of a batch, once, before training."""
         config, run = model.config, self.run
         rows = args.batch_size * args.accumulation_steps * run.world_size
@@ -113,10 +116,12 @@ class RunLog:
         left_out = data.stats.get("dropped", 0)
         lines = [
             f"model   {parameters:.2f}M parameters, {config.hidden_size} × {config.num_hidden_layers} layers{kind}",
-            f"data    {args.data_path}: {len(data)} rows of {args.max_seq_len} tokens, {data.stats['fill']:.1%} filled"
-            + (f"; {left_out} records too long for a row are left out" if left_out else ""),
-            f"batch   {args.batch_size} rows × {args.accumulation_steps} micro-batches{ranks} = {rows} rows, "
-            f"{rows * args.max_seq_len:,} tokens per update",
+            f"data    {args.data_path}: {data.describe(args.max_seq_len)}"
+            + (f"; {left_out} too long for a row are left out" if left_out else ""),
+            "batch   "
+            + (batch or f"{args.batch_size} rows × {args.accumulation_steps} micro-batches")
+            + ranks
+            + ("" if batch else f" = {rows} rows, {rows * args.max_seq_len:,} tokens per update"),
             f"plan    {args.total_steps} updates in {args.epochs} epochs, learning rate {args.learning_rate:g} after "
             f"{args.warmup_iters} updates of warm-up",
             f"machine {run.device}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if args.compile else 'off'}",
@@ -130,6 +135,7 @@ class RunLog:
         self.trained = 0
         self.expert_load: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
+        self.means: dict[str, list[float]] = {}
 
     def _forget_after(self, step: int) -> None:
         """Drops the records after the resumed step, so that the file tells one uninterrupted run."""
@@ -159,10 +165,19 @@ class RunLog:
         if load is not None:
             self.expert_load = load.detach() if self.expert_load is None else self.expert_load + load.detach()
 
+    def count_means(self, count: float, **totals: float) -> None:
+        """Figures of this rank with a count of their own, for example rewards over answers, or tokens over seconds."""
+        for name, total in totals.items():
+            before = self.means.get(name, [0.0, 0.0])
+            self.means[name] = [before[0] + total, before[1] + count]
+
     def line(self, progress, lr: float, grad_norm: Tensor, aux_loss: float | None = None) -> None:
         """Prints and stores the figures since the last line. Every rank must call it: the loss is summed over ranks."""
         progress.read_skip()
         nats, trained = self.run.sum_ranks(self.nats.clone()).item(), int(self.trained)
+        means = torch.tensor(list(self.means.values()), dtype=torch.float64).reshape(-1, 2)
+        totals, counts = self.run.sum_ranks(means).unbind(1)
+        means = dict(zip(self.means, (totals / counts.clamp(min=1e-9)).tolist(), strict=True))
         elapsed = time.perf_counter() - self.started
         rate = self.tokens / elapsed
         record = {
@@ -170,6 +185,7 @@ class RunLog:
             "epoch": progress.epoch + 1,
             "loss": nats / trained if trained else math.nan,
             **{name: self.run.sum_ranks(total.clone()).item() / max(trained, 1) for name, total in self.sums.items()},
+            **means,
             "lr": lr,
             "grad_norm": float(grad_norm),
             "tokens": progress.tokens,
@@ -192,7 +208,7 @@ class RunLog:
             f"epoch {record['epoch']}/{self.epochs}",
             f"step {progress.step}/{self.total_steps}",
             f"loss {record['loss']:.4f}",
-            *(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in self.sums),
+            *(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in (*self.sums, *means)),
             f"lr {lr:.2e}",
             f"gnorm {record['grad_norm']:.2f}",
             f"{rate / 1000:.1f}k tok/s",
@@ -225,10 +241,10 @@ class RunLog:
     def validation(self, progress, result: dict[str, float] | None) -> None:
         """A validation result; the time it took does not count as training time."""
         if result is not None:
-            text = f"{self.stage} | step {progress.step}/{self.total_steps} | validation loss {result['val_loss']:.4f}"
-            named = {"val_bpb": "bits per byte"}
-            for name, value in list(result.items())[1:]:
-                text += f" | {value:.4f} {named.get(name, name.removeprefix('val_').replace('_', ' '))}"
+            text = f"{self.stage} | step {progress.step}/{self.total_steps}"
+            for name, value in result.items():
+                what = name.removeprefix("val_").replace("_", " ")
+                text += f" | {value:.4f} bits per byte" if what == "bpb" else f" | validation {what} {value:.4f}"
             self.write({"step": progress.step, **result}, text)
 
     def pause(self) -> "Pause":
@@ -239,7 +255,9 @@ class RunLog:
         """Closes the bar and wandb, and draws the loss curve."""
         self.bar.close()
         try:
-            if self.run.is_main and (picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}", self.unit)):
+            if self.run.is_main and (
+                picture := plot_loss(self.folder, f"{self.stage}, {self.folder.name}", self.curve, self.unit)
+            ):
                 print(f"loss curve: {picture}")
         except OSError as error:  # the weights are saved: a picture less is no failed run
             print(f"warning: no loss curve ({error})", file=sys.stderr)
@@ -285,11 +303,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def plot_loss(folder: Path, title: str, unit: str = "nats per token") -> Path | None:
-    """Draws training and held-out loss over steps into `loss.png`; None when there is nothing to draw."""
+def plot_loss(folder: Path, title: str, curve: str = "loss", unit: str = "nats per token") -> Path | None:
+    """Draws the loss, or another figure, in training and held out into `loss.png`; None when there is none to draw."""
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    train, val = (
+        [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in (curve, f"val_{curve}")
+    )
     if not train:
         return None
     try:
@@ -305,7 +324,7 @@ def plot_loss(folder: Path, title: str, unit: str = "nats per token") -> Path | 
     if val:
         axes.plot(*zip(*val, strict=True), color="#c8553d", marker="o", markersize=3.5, linewidth=1.2, label="held out")
         axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(4, 6), color="#c8553d")
-    axes.set(title=title, xlabel="update", ylabel=f"loss ({unit})")
+    axes.set(title=title, xlabel="update", ylabel=f"{curve} ({unit})")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for side in ("top", "right"):

@@ -113,7 +113,7 @@ class Reference:
             batch = data.collate([data[row] for row in numbers])
             logps = self({name: tensor.to(self.run.device) for name, tensor in batch.items()}).flatten()
             rows += logps.split(torch.bincount(batch["places"][:, 0] - start, minlength=len(numbers)).tolist())
-        self.table = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self.table = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
         self.model = None
 
 
@@ -171,6 +171,7 @@ def train_epoch(model, raw_model, reference, optimizer, updates, run, args, keep
 
         progress.advance(rows, tokens)
         progress.count_skip(finite, run.skips_allowed)
+        figures = {name: torch.where(finite, total, 0.0) for name, total in figures.items()}
         log.count(torch.where(finite, losses, 0.0), finite * pairs, tokens, waited, **figures)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:
             log.line(progress, lr, grad_norm, run.sum_ranks(balance).item() if raw_model.config.use_moe else None)

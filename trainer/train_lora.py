@@ -126,6 +126,7 @@ def main() -> None:
     lora.add_argument("--alpha", type=number(float, 0, excluded=True), default=16.0, help="its weight is alpha / rank")
     lora.add_argument("--dropout", type=number(float, 0, high=1), default=0.0, help="of the inputs of A, in training")
     lora.add_argument("--target_modules", nargs="+", choices=TARGETS, default=list(TARGETS), help="layers to adapt")
+    utils.add_mix_flags(parser, share=0.5)
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
@@ -140,8 +141,10 @@ def main() -> None:
     add_lora(raw_model, config)
 
     # 4. Data: tokenised once, packed into rows
-    args.data_path = str(utils.find_data(args.data_path, (f"{args.lora_name}.jsonl", *DATA_NAMES), "lora", run))
+    demo = args.lora_name if args.lora_name == "lora_domain" else "lora_identity"
+    args.data_path = str(utils.find_data(args.data_path, (f"{args.lora_name}.jsonl", *DATA_NAMES), demo, run))
     data, held_out = utils.load_splits(SFTDataset, args, tokenizer, run)
+    data, mix_held_out = utils.load_mixed(data, SFTDataset, args, tokenizer, run)
     utils.plan_updates(args, len(data), run)
 
     # 5. Optimiser, and the state of an interrupted run
@@ -156,7 +159,10 @@ def main() -> None:
 
     def check() -> None:
         with log.pause():
-            result = utils.validate(raw_model, held_out, summed_nll, run, args.batch_size, args.val_rows, bytes_of)
+            settings = summed_nll, run, args.batch_size, args.val_rows, bytes_of
+            result = utils.validate(raw_model, held_out, *settings)
+            if result and mix_held_out:
+                result["val_mix_loss"] = utils.validate(raw_model, mix_held_out, *settings)["val_loss"]
             log.validation(progress, result)
 
     # 7. Epochs

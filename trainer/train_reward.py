@@ -109,6 +109,7 @@ def train_epoch(model, raw_model, optimizer, updates, run, args, keeper, log, st
 
         progress.advance(rows, tokens)
         progress.count_skip(finite, run.skips_allowed)
+        figures = {name: torch.where(finite, total, 0.0) for name, total in figures.items()}
         log.count(torch.where(finite, losses, 0.0), finite * pairs, tokens, waited, **figures)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:
             log.line(progress, lr, grad_norm, run.sum_ranks(balance).item() if raw_model.config.use_moe else None)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dataset.stage_datasets import MixedDataset
 from model.model_minimind import MOEFeedForward, grouped_mm_works
 from trainer.chunked_nll import compiled_piece
 from trainer.command_line import BoolFlag, UserError, leave, number
@@ -337,12 +338,14 @@ def find_data(given: str | None, known_names: Iterable[str], demo_name: str, run
         raise UserError(f"the demo data cannot be written ({error}); give a file with --data_path.") from error
 
 
-def load_splits(dataset_class: type[Dataset], args: argparse.Namespace, tokenizer: object, run: Run) -> list[Dataset]:
-    """Training part and held-out part of a file; rank 0 tokenises, the others read its cache."""
+def load_splits(
+    dataset_class: type[Dataset], args: argparse.Namespace, tokenizer: object, run: Run, path: str | None = None
+) -> list[Dataset]:
+    """Training part and held-out part of a file, `--data_path` by default; rank 0 tokenises, others read its cache."""
     with run.main_first():
         return [
             dataset_class(
-                args.data_path,
+                path or args.data_path,
                 tokenizer,
                 args.max_seq_len,
                 split=split,
@@ -354,6 +357,48 @@ def load_splits(dataset_class: type[Dataset], args: argparse.Namespace, tokenize
             )
             for split in ("train", "val")
         ]
+
+
+def add_mix_flags(parser: argparse.ArgumentParser, share: float) -> None:
+    """Flags of stages that learn something new beside what the model can already do."""
+    mix = parser.add_argument_group("what is not to be forgotten")
+    mix.add_argument(
+        "--mix_path", help="an SFT file to mix in; default: with the demo data its SFT file, else none"
+    )
+    below_one = number(float, 0, excluded=True, high=1)
+    mix.add_argument("--mix_ratio", type=below_one, default=share, help="their share of the rows")
+
+
+def add_rollout_flags(parser: argparse.ArgumentParser, generations: int, beta: float) -> None:
+    """Flags of the stages that learn from answers of their own, GRPO and PPO."""
+    natural, positive, share = number(int, 1), number(float, 0, excluded=True), number(float, 0)
+    rollout = parser.add_argument_group("answers (--batch_size counts questions)")
+    rollout.add_argument(
+        "--rewards", nargs="+", default=["answer", "format:0.2"], help="NAME or NAME:WEIGHT, see trainer/rewards.py"
+    )
+    rollout.add_argument("--num_generations", type=natural, default=generations, help="answers to each question")
+    rollout.add_argument("--max_new_tokens", type=natural, default=256, help="longest answer, within --max_seq_len")
+    rollout.add_argument("--temperature", type=positive, default=1.0, help="of the policy, in drawing and training")
+    rollout.add_argument("--rollout_slots", type=natural, default=64, help="answers drawn at a time")
+    policy = parser.add_argument_group("policy")
+    policy.add_argument("--inner_updates", type=natural, default=1, help="steps on the same answers")
+    policy.add_argument("--micro_rows", type=natural, default=8, help="rows of --max_seq_len trained on at a time")
+    policy.add_argument("--beta", type=share, default=beta, help="weight of the KL to the model before; 0: none")
+    policy.add_argument("--clip_low", type=number(float, 0, high=1.000001), default=0.2, help="ε_low")
+    policy.add_argument("--clip_high", type=share, default=0.28, help="ε_high, larger: rare tokens may grow faster")
+
+
+def load_mixed(
+    data: Dataset, mix_class: type[Dataset], args: argparse.Namespace, tokenizer: object, run: Run
+) -> tuple[Dataset, Dataset | None]:
+    """The data with the rows of `--mix_path` mixed in, and the held-out part of that file; (data, None) without one."""
+    demo = Path(args.data_path).resolve().parent == ROOT / "dataset" / "demo"
+    if args.mix_path is None and demo:
+        args.mix_path = str(ROOT / "dataset" / "demo" / "demo_sft.jsonl")
+    if args.mix_path is None:
+        return data, None
+    other, held_out = load_splits(mix_class, args, tokenizer, run, args.mix_path)
+    return MixedDataset(data, other, args.mix_ratio), held_out
 
 
 # ---------------------------------------------------------------------------------------------------------- row order
