@@ -61,9 +61,12 @@ def weight_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path
     return Path(out_dir) / f"{stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
 
 
-def save_weights(model: PreTrainedModel, path: str | Path, extra: dict | None = None) -> None:
+def save_weights(
+    model: PreTrainedModel, path: str | Path, extra: dict | None = None, leave_out: str | None = None
+) -> None:
     """Writes the half-precision state dict and, beside it, a JSON file with the configuration and `extra`.
 
+    Args: leave_out, first letters of names that do not belong into the file.
     Raises: OSError when the disk is full or the folder cannot be written; older files stay untouched.
     """
     path = Path(path)
@@ -71,6 +74,7 @@ def save_weights(model: PreTrainedModel, path: str | Path, extra: dict | None = 
     state = {
         name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16).contiguous())
         for name, tensor in model.state_dict().items()
+        if leave_out is None or not name.startswith(leave_out)
     }
     # Both are written in full before either gets its name; only a kill between the two renames can part them, and then
     # loading says so.

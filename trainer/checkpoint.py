@@ -376,6 +376,13 @@ class Keeper:
         save_weights(self.model, self.weights, about)
 
 
+class ActorKeeper(Keeper):
+    """Keeps policy and value head for `--resume`; the weights for users are the policy alone."""
+
+    def save_weights(self, about: dict) -> None:
+        save_weights(self.model, self.weights, about, leave_out="value_head.")
+
+
 class LoraKeeper(Keeper):
     """Keeps the adapter alone; its states go on with the same base only."""
 

@@ -13,6 +13,7 @@ only.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,14 @@ def make_optimizer(
     ]
     adamw = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     return MuonWithAdamW(Muon(inner, weight_decay, dtype), adamw) if inner else adamw
+
+
+def add_group(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lr_factor: float) -> None:
+    """Hands AdamW a new network, without decay; `lr_factor` of its group is for the loop to multiply with."""
+    adamw = optimizer.parts[1] if isinstance(optimizer, MuonWithAdamW) else optimizer
+    adamw.add_param_group({"params": list(parameters), "weight_decay": 0.0, "lr_factor": lr_factor})
+    if adamw is not optimizer:
+        optimizer.param_groups.append(adamw.param_groups[-1])
 
 
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:
