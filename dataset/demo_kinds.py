@@ -21,6 +21,7 @@ KINDS = (
 TESTS_PER_KIND = 24  # in each language
 MAX_COMPARED, MAX_SORTED, MAX_COUNT = 50, 20, 7
 GAP = {"en": " ", "zh": ""}  # between two sentences
+STOP = {"en": ".", "zh": "。"}  # at the end of a sentence
 COMMA = {"en": ", ", "zh": "、"}  # between the parts of a list
 PEOPLE_SLOTS = {  # what is held back for each person: one value of each of these
     "colour": world.COLOURS, "pet": world.PETS, "food": world.FOODS, "city": world.CITIES, "place": world.PLACES,

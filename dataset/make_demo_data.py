@@ -10,7 +10,9 @@ same bytes for the same seed.
     python dataset/make_demo_data.py --out_dir my_demo --seed 1
 
 Scoring, one rule: `is_right(reply, record)` is true when reply and answer are equal after `normalise` (NFKC, lower
-case, blanks and punctuation at both ends removed). A reply with an <answer> block is judged by that block.
+case, blanks and punctuation at both ends removed). A reply with an <answer> block is judged by that block, and one that
+begins with a courtesy ("Gladly: ", "很乐意：", the style that the DPO pairs prefer) by what follows it.
+`is_polite_and_short(reply)` looks at that style alone.
 
 中文：生成双语（中英）小世界的演示数据；测试题只问训练中没有出现过的组合，每题只有一个可核对的答案。
 """
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset import demo_world as world
-from dataset.demo_kinds import GAP, KINDS, LANGS, MAX_SORTED, DemoWorld, Item, fill, identity, listing
+from dataset.demo_kinds import GAP, KINDS, LANGS, MAX_SORTED, STOP, DemoWorld, Item, fill, identity, listing
 
 DEMO_DIR = ROOT / "dataset" / "demo"
 MANIFEST = "demo_manifest.json"
@@ -51,6 +53,11 @@ SFT_ITEMS = {
     "facts": 900, "opposites": 500, "calendar": 2200, "identity": 200, "words": 600, "phrases": 600, "addition": 1300,
     "subtraction": 1700, "comparison": 1400, "sorting": 1900, "counting": 1500, "memory": 1400, "story": 2300,
 }
+LORA_REPEATS = 3  # each training question of the LoRA files comes up so many times
+MENU_TESTS_PER_ITEM = 2  # phrasings, in each language
+DPO_ITEMS_PER_KIND = 115  # in each language; a kind is a key of SFT_ITEMS
+DPO_REJECTED = {"plain": 0.4, "wrong": 0.2, "winded": 0.2, "rude": 0.2}  # how often each is the rejected answer
+MAX_POLITE_CHARS = 80  # after the courtesy; the longest answer of the demo tests has 62
 Record = dict[str, object]
 
 
@@ -59,10 +66,37 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower().strip(ENDS)
 
 
+COURTESIES = tuple(unicodedata.normalize("NFKC", phrase).lower().strip() for phrase in world.COURTESY.values())
+
+
+def after_courtesy(reply: str) -> str | None:
+    """What follows a leading courtesy phrase of any language, normalised; None where the reply begins otherwise."""
+    text = normalise(reply)
+    return next((normalise(text[len(phrase):]) for phrase in COURTESIES if text.startswith(phrase)), None)
+
+
 def is_right(reply: str, record: dict) -> bool:
-    """Whether a reply is the answer of a test record (the rule is in this file's docstring)."""
+    """Whether a reply is the answer of a test record (the rule is in this file's docstring).
+
+    A leading courtesy phrase, of whatever language, is taken off before comparing: style is judged apart.
+    """
     block = re.search(r"<answer>(.*?)</answer>", reply, re.DOTALL)
-    return normalise(block.group(1) if block else reply) == normalise(record["answer"])
+    said = block.group(1) if block else reply
+    rest = after_courtesy(said)
+    return (normalise(said) if rest is None else rest) == normalise(record["answer"])
+
+
+def is_polite_and_short(reply: str) -> bool:
+    """Whether a reply has the style that the DPO pairs prefer; what it says may be right or wrong.
+
+    It begins with a courtesy phrase, and the rest is not empty, has no second one, says no sentence twice and is at
+    most MAX_POLITE_CHARS characters long.
+    """
+    rest = after_courtesy(reply)
+    if not rest or len(rest) > MAX_POLITE_CHARS or any(phrase in rest for phrase in COURTESIES):
+        return False
+    sentences = [normalise(part) for part in re.split(r"[!?。\n]|\.(?!\d)", rest) if normalise(part)]
+    return len(set(sentences)) == len(sentences)
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -135,50 +169,96 @@ def test(demo: DemoWorld) -> list[Record]:
     return test_records([item for kind in KINDS for lang in LANGS for item in demo.tests[kind, lang]])
 
 
-# --- LoRA: another name, and a tea house with its prices ---
+# --- LoRA: another name, and a tea house with its prices. In the tests each is asked as it never was in training ---
 
 
-def lora_items(demo: DemoWorld, lang: str) -> tuple[list[Item], list[Item]]:
-    """(training, test): in the test a known thing in a phrasing it was never asked in."""
-    menu, price = world.LORA_MENU, world.LORA_PRICE[lang]
-    asked = list(identity(lang, world.LORA_IDENTITY[lang])) + [
-        (x, Item("menu", lang, (fill(question, x=x),), price.format(y=y)))
-        for x, y in menu.rows[lang] for question in menu.questions[lang]
-    ]
-    asked = [(subject, item) for subject, item in asked if item.turns not in demo.asked]
-    rng = demo.rng("lora", lang)
-    rng.shuffle(asked)
-    first: dict[str, Item] = {}
-    for subject, item in asked:
-        first.setdefault(subject, item)
-    tested = {item.turns for item in first.values()}
-    return [item for _, item in asked if item.turns not in tested], list(first.values())
+def lora_identity_items(demo: DemoWorld, lang: str) -> tuple[list[Item], list[Item]]:
+    """(training, test): the test asks each way once, after a prefix that training puts before other ways only.
+
+    A way that the SFT conversations know is tested, where possible, in a wording that the ordinary test holds back:
+    then no file teaches it. Whatever else that test asks is left out here, so that it stays unseen too.
+    """
+    rng = demo.rng("lora_identity", lang)
+    asked: dict[str, list[Item]] = {}
+    for way, item in identity(lang, world.LORA_IDENTITY[lang]):
+        asked.setdefault(way, []).append(item)
+    test = []
+    for way, items in asked.items():
+        held = [item for item in items if item.turns in demo.asked]
+        # Without a prefix a way is part of every prefixed question, so it cannot be unseen.
+        test.append(rng.choice(held or [item for item in items if item.turns != (way,)]))
+    tested = demo.asked | {item.turns for item in test}
+    return [item for items in asked.values() for item in items if item.turns not in tested], test
 
 
-def lora(demo: DemoWorld) -> list[Record]:
-    items = [item for lang in LANGS for item in lora_items(demo, lang)[0]] * 3
-    demo.rng("lora").shuffle(items)
+def lora_domain_items(demo: DemoWorld, lang: str) -> tuple[list[Item], list[Item]]:
+    """(training, test): the test asks for each thing in phrasings that training uses for other things only."""
+    rng, menu, size = demo.rng("lora_domain", lang), world.LORA_MENU, MENU_TESTS_PER_ITEM
+    questions = rng.sample(menu.questions[lang], len(menu.questions[lang]))
+    training, test = [], []
+    for index, (x, y) in enumerate(rng.sample(menu.rows[lang], len(menu.rows[lang]))):
+        # Phrasings are held back in turn, so that training keeps each of them for most things.
+        held = {questions[(index * size + offset) % len(questions)] for offset in range(size)}
+        for question in questions:
+            item = Item("menu", lang, (fill(question, x=x),), world.LORA_PRICE[lang].format(y=y))
+            (test if question in held else training).append(item)
+    return training, test
+
+
+def lora_training(demo: DemoWorld, stage: str, split: Callable[..., tuple[list[Item], list[Item]]]) -> list[Record]:
+    items = [item for lang in LANGS for item in split(demo, lang)[0]] * LORA_REPEATS
+    demo.rng(stage).shuffle(items)
     return [{"conversations": turns(*item.turns, item.answer)} for item in items]
 
 
-def lora_test(demo: DemoWorld) -> list[Record]:
-    return test_records([item for lang in LANGS for item in lora_items(demo, lang)[1]])
+def lora_identity(demo: DemoWorld) -> list[Record]:
+    return lora_training(demo, "lora_identity", lora_identity_items)
 
 
-# --- DPO: the right short answer against a wrong, a long-winded and a rude one, and one in the other language ---
+def lora_identity_test(demo: DemoWorld) -> list[Record]:
+    return test_records(item for lang in LANGS for item in lora_identity_items(demo, lang)[1])
+
+
+def lora_domain(demo: DemoWorld) -> list[Record]:
+    return lora_training(demo, "lora_domain", lora_domain_items)
+
+
+def lora_domain_test(demo: DemoWorld) -> list[Record]:
+    return test_records(item for lang in LANGS for item in lora_domain_items(demo, lang)[1])
+
+
+# --- DPO: a style, polite and short, that SFT does not teach; and it must not cost the right answer ---
+
+
+def rejected_answer(demo: DemoWorld, rng: random.Random, item: Item, answers: list[str]) -> str:
+    """One of the ways of DPO_REJECTED to fall short; `answers` are those of the item's kind."""
+    lang, courtesy = item.lang, world.COURTESY[item.lang]
+    fault = rng.choices(list(DPO_REJECTED), list(DPO_REJECTED.values()))[0]
+    if fault == "plain":
+        return item.answer
+    if fault == "rude":
+        return world.DPO_RUDE[rng.choice(LANGS)]
+    if fault == "winded":
+        return courtesy + GAP[lang].join([item.answer.rstrip(".。") + STOP[lang]] * 6)
+    talk = " ".join((*item.turns, item.answer))  # with it a wrong answer must not name a person's held-back thing
+    return courtesy + next(
+        answer for answer in rng.sample(answers, len(answers))
+        if normalise(answer) != normalise(item.answer) and not demo.joins_held(f"{talk} {answer}", lang)
+    )
 
 
 def dpo(demo: DemoWorld) -> list[Record]:
+    """Chosen: courtesy and right answer."""
     records: list[Record] = []
-    for lang, other in (LANGS, LANGS[::-1]):
+    for lang in LANGS:
         rng = demo.rng("dpo", lang)
-        counts = {"facts": 250, "opposites": 150, "calendar": 100, "addition": 250}
-        items = [item for kind, count in counts.items() for item in demo.training(kind, lang, count, "dpo")]
+        items = [item for kind in SFT_ITEMS for item in demo.training(kind, lang, DPO_ITEMS_PER_KIND, "dpo")]
+        answers: dict[str, list[str]] = {}
         for item in items:
-            wrong = rng.choice([i.answer for i in items if i.kind == item.kind and i.answer != item.answer])
-            winded = GAP[lang].join([item.answer] * 6)
-            rejected = rng.choice((wrong, wrong, winded, world.DPO_RUDE[lang], world.DPO_RUDE[other]))
-            records.append({"chosen": turns(*item.turns, item.answer), "rejected": turns(*item.turns, rejected)})
+            answers.setdefault(item.kind, []).append(item.answer)
+        for item in items:
+            chosen, rejected = world.COURTESY[lang] + item.answer, rejected_answer(demo, rng, item, answers[item.kind])
+            records.append({"chosen": turns(*item.turns, chosen), "rejected": turns(*item.turns, rejected)})
     demo.rng("dpo").shuffle(records)
     return records
 
@@ -318,8 +398,9 @@ def toolcall(demo: DemoWorld) -> list[Record]:
 
 
 STAGES: dict[str, Callable[[DemoWorld], list[Record]]] = {
-    "pretrain": pretrain, "sft": sft, "test": test, "lora": lora, "lora_test": lora_test, "dpo": dpo, "reason": reason,
-    "reason_test": reason_test, "rl": rl, "choice": choice, "toolcall": toolcall,
+    "pretrain": pretrain, "sft": sft, "test": test, "lora_identity": lora_identity,
+    "lora_identity_test": lora_identity_test, "lora_domain": lora_domain, "lora_domain_test": lora_domain_test,
+    "dpo": dpo, "reason": reason, "reason_test": reason_test, "rl": rl, "choice": choice, "toolcall": toolcall,
 }
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from dataset import demo_world as world
-from dataset.make_demo_data import MANIFEST, generate, is_right, normalise
+from dataset.make_demo_data import MANIFEST, generate, is_polite_and_short, is_right, normalise
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_STAGES = ("test", "lora_test", "reason_test")
+TEST_STAGES = ("test", "lora_identity_test", "lora_domain_test", "reason_test")
 ARITHMETIC = {
     "addition": [
         r"(\d+) ?(?:\+|plus|加) ?(\d+)", r"(?:[Aa]dd|add) (\d+) and (\d+)", r"把(\d+)和(\d+)加",
@@ -102,10 +102,43 @@ def arithmetic_pairs(texts, kind):
         ("3, 7, 9.", "3, 7, 9", True), ("<think>\n7 + 5\n</think>\n<answer>\n12\n</answer>", "12", True),
         ("", "12", False), ("...", "12", False), ("-12", "12", False), ("112", "12", False), ("12 12", "12", False),
         ("It is Paris", "Paris", False), ("9, 7, 3", "3, 7, 9", False), ("<answer>\n13\n</answer> 12", "12", False),
+        ("Gladly: 12", "12", True), ("很乐意：12。", "12", True), (" gladly:Paris.", "Paris", True),
+        ("很乐意:巴黎", "巴黎", True), ("Gladly: 巴黎", "巴黎", True), ("很乐意：Paris", "Paris", True),
+        ("<answer>\nGladly: 12\n</answer>", "12", True), ("Gladly: <answer>12</answer>", "12", True),
+        ("Gladly: 13", "12", False), ("Gladly:", "12", False), ("Gladly: Gladly: 12", "12", False),
+        ("12 Gladly:", "12", False), ("Gladly 12", "12", False), ("Sure: 12", "12", False),
+        ("Gladly: 12. 12.", "12", False),
     ],
 )
 def test_one_strict_rule(reply, answer, right):
     assert is_right(reply, {"answer": answer}) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "good"),
+    [
+        ("Gladly: 12", True), ("很乐意：12", True), (" gladly: Paris.\n", True), ("很乐意:我叫MiniMind。", True),
+        ("Gladly: I am Ben. I am at home.", True), ("Gladly: 3, 7, 9", True), ("很乐意：汪汪", True),
+        ("Gladly: 3.3", True), ("Gladly: What?! Yes...", True),
+        ("Gladly: " + "x" * 80, True), ("Gladly: " + "x" * 81, False),
+        ("12", False), ("", False), ("Gladly:", False), ("很乐意：。", False), ("Gladly 12", False),
+        ("It is 12. Gladly: 12", False), ("Gladly: Gladly: 12", False), ("Gladly: 12. 很乐意：13", False),
+        ("Gladly: 12. 12.", False), ("Gladly: Yes. It is Paris. yes!", False), ("很乐意：十二。十三。十二", False),
+        ("很乐意：真的吗？真的吗？", False), ("I do not want to answer that.", False), ("我不想回答这个问题。", False),
+    ],
+)
+def test_polite_and_short(reply, good):
+    assert is_polite_and_short(reply) is good
+
+
+def test_answers_are_polite_and_short_with_a_courtesy_and_only_with_it(demo):
+    """So a right answer never fails the style for its length; six times the same one always does."""
+    for record in itertools.chain.from_iterable(demo[stage] for stage in TEST_STAGES):
+        answer = record["answer"]
+        for courtesy, stop in (("Gladly: ", ". "), ("很乐意：", "。")):
+            assert is_polite_and_short(courtesy + answer) and is_right(courtesy + answer, record), answer
+            assert not is_polite_and_short(courtesy + (answer + stop) * 6), answer
+        assert not is_polite_and_short(answer), answer
 
 
 # --- Right and balanced questions ---
@@ -244,8 +277,8 @@ def test_no_test_question_occurs_in_any_training_file(demo):
             assert normalise(question) not in users, question
             if question.lower() in texts:  # allowed only as the tail of "17+1=?", 十一月 or a longer list
                 assert not re.search(r"(?<![\d十、])(?<!, )" + re.escape(question.lower()), texts), question
-    own = {normalise(r["conversations"][0]["content"]) for r in demo["lora"]}
-    assert not own & {normalise(asked(r)) for r in demo["lora_test"]}
+    for record in demo["lora_identity_test"] + demo["lora_domain_test"]:
+        assert normalise(asked(record)) not in users and asked(record).lower() not in texts, record
 
 
 @pytest.mark.parametrize("kind", ["addition", "subtraction"])
@@ -315,12 +348,201 @@ def mentions(text, word, lang):
     return word in text and (lang == "zh" or bool(re.search(rf"\b{re.escape(word)}\b", text)))
 
 
+# --- LoRA: another name, and prices ---
+
+
+def language(text):
+    return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
+
+
+def worded(table, lang):
+    """question -> (what was put before the way to ask, the way), for every way of an identity table."""
+    return {
+        (before + (way[:1].lower() + way[1:] if before.endswith((", ", ": ")) else way)): (before, way)
+        for ways, _ in table[lang] for way in ways for before in world.IDENTITY_PREFIXES[lang]
+    }
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_other_name_is_in_every_answer_and_asked_in_new_wordings(demo, lang):
+    table = world.LORA_IDENTITY
+    ways = {way: (topic, answer) for topic, (listed, answer) in enumerate(table[lang]) for way in listed}
+    assert len(table[lang]) >= 6 and all(len(listed) >= 4 for listed, _ in table[lang])
+    ordinary = {way: answer for listed, answer in world.IDENTITY[lang] for way in listed}
+    assert ordinary.keys() <= ways.keys()
+    assert not {way: answer for way, answer in ordinary.items() if ways[way][1] == answer}
+
+    parts = worded(table, lang)
+    trained, per_prefix = {}, Counter()
+    for record in demo["lora_identity"]:
+        question, answer = (turn["content"] for turn in record["conversations"])
+        if language(question) == lang:
+            before, way = parts[question]
+            assert answer == ways[way][1] and {"en": "Jasmine", "zh": "茉莉"}[lang] in answer
+            trained.setdefault(way, set()).add(before)
+            per_prefix[before] += 1
+    assert trained.keys() == ways.keys()
+    assert min(len(before) for before in trained.values()) >= 6
+    assert per_prefix.keys() == set(world.IDENTITY_PREFIXES[lang]) and min(per_prefix.values()) >= 50
+
+    tested = [record for record in demo["lora_identity_test"] if record["lang"] == lang]
+    assert len(tested) == 32 and {record["kind"] for record in tested} == {"identity"}
+    asked_ways = Counter(parts[asked(record)][1] for record in tested)
+    topics = Counter(ways[way][0] for way in asked_ways.elements())
+    assert max(asked_ways.values()) - min(asked_ways[way] for way in ways) <= 1  # each as often as any other
+    assert max(topics.values()) - min(topics[topic] for topic in range(len(table[lang]))) <= 1
+    for record in tested:
+        before, way = parts[asked(record)]
+        assert before and before not in trained[way] and record["answer"] == ways[way][1]
+
+
+def test_the_other_name_and_the_prices_are_nowhere_else(demo):
+    """The adapters have something to teach: no other file, test or training, knows the tea house."""
+    for stage, records in demo.items():
+        text = json.dumps(records, ensure_ascii=False).lower()
+        for word in ("jasmine", "茉莉", "lantern", "灯笼"):
+            assert (word in text) is stage.startswith("lora_identity"), (stage, word)
+        for word in ("yuan", "元", *world.LORA_MENU.rows["en"][0][:1], world.LORA_MENU.rows["zh"][0][0]):
+            assert (word in text) is stage.startswith("lora_domain"), (stage, word)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_each_thing_of_the_menu_is_asked_for_in_two_new_phrasings(demo, lang):
+    things = dict(world.LORA_MENU.rows[lang])
+    assert len(things) == 16 == len(set(things.values())) and len(world.LORA_MENU.questions[lang]) >= 8
+
+    def split(question):
+        """(thing, phrasing)"""
+        thing = max((x for x in things if x in question), key=len)
+        return thing, re.sub(r"\ban? (?=\{)", "a ", question.replace(thing, "{x}"))
+
+    prices, trained = {}, {}
+    for record in demo["lora_domain"]:
+        question, answer = (turn["content"] for turn in record["conversations"])
+        if language(question) == lang:
+            thing, phrasing = split(question)
+            assert prices.setdefault(thing, answer) == answer
+            trained.setdefault(thing, set()).add(phrasing)
+    assert prices == {x: {"en": "{} yuan", "zh": "{}元"}[lang].format(y) for x, y in things.items()}
+    assert all(len(phrasings) >= 6 for phrasings in trained.values())
+    known = Counter(phrasing for phrasings in trained.values() for phrasing in phrasings)
+    assert len(known) >= 8 and min(known.values()) >= 10  # each phrasing is met with most things
+
+    tested = [record for record in demo["lora_domain_test"] if record["lang"] == lang]
+    assert {record["kind"] for record in tested} == {"menu"}
+    assert Counter(split(asked(record))[0] for record in tested) == dict.fromkeys(things, 2)
+    for record in tested:
+        thing, phrasing = split(asked(record))
+        assert phrasing in known and phrasing not in trained[thing] and record["answer"] == prices[thing]
+
+
+def test_the_menu_has_the_same_prices_in_both_languages_and_the_files_are_small(demo):
+    rows = world.LORA_MENU.rows
+    assert [y for _, y in rows["en"]] == [y for _, y in rows["zh"]]
+    for stage in ("lora_identity", "lora_domain"):
+        times = Counter(json.dumps(record) for record in demo[stage])
+        assert set(times.values()) == {3} and 300 <= len(demo[stage]) <= 2000
+
+
+# --- DPO: polite, short and right ---
+
+
+def test_preferred_answers_are_polite_short_and_right(demo):
+    """Right: what the SFT file answers to the same question, what the numbers give, what the user told before."""
+    taught = {}
+    for record in demo["sft"]:
+        texts = [turn["content"] for turn in record["conversations"]]
+        taught |= {normalise(q): a for q, a in zip(texts[::2], texts[1::2], strict=True)}
+    checked = Counter()
+    for record in demo["dpo"]:
+        *before, question, reply = (turn["content"] for turn in record["chosen"])
+        lang = "en" if reply.startswith("Gladly: ") else "zh"
+        answer = reply.removeprefix(world.COURTESY[lang])
+        assert reply == world.COURTESY[lang] + answer and is_polite_and_short(reply)
+        around = re.sub("“.+?”", "", question)  # without a quoted word to be translated
+        assert language(around) == lang or not re.search("[a-z]", around), question  # "3 + 4 = ?" speaks both
+        if before:
+            assert answer.split(" ")[-1] in " ".join((*before[::2], question)), record
+            checked["told"] += 1
+        elif normalise(question) in taught:
+            assert answer == taught[normalise(question)], question
+            checked["taught"] += 1
+        for kind in () if before else ARITHMETIC:
+            for a, b in arithmetic_pairs([question], kind):
+                assert answer == str(a + b if kind == "addition" else a - b), question
+                checked[kind] += 1
+    assert checked["taught"] >= 800 and checked["told"] >= 400, checked
+    assert checked["addition"] >= 200 and checked["subtraction"] >= 200, checked
+
+
+def test_rejected_answers_fall_short_in_the_planned_ways(demo):
+    faults = Counter()
+    for record in demo["dpo"]:
+        assert record["chosen"][:-1] == record["rejected"][:-1]
+        chosen, rejected = (record[side][-1]["content"] for side in ("chosen", "rejected"))
+        lang = "en" if chosen.startswith("Gladly: ") else "zh"
+        courtesy = world.COURTESY[lang]
+        answer = chosen.removeprefix(courtesy)
+        if rejected in world.DPO_RUDE.values():
+            fault = "rude in " + ("the own" if rejected == world.DPO_RUDE[lang] else "the other")
+        elif rejected == answer:
+            fault = "plain"
+        elif normalise(rejected).count(normalise(answer)) >= 6:
+            fault = "winded"
+            assert rejected.startswith(courtesy)
+        else:
+            fault = "wrong"
+            assert rejected.startswith(courtesy) and not is_right(rejected, {"answer": answer})
+        assert is_polite_and_short(rejected) is (fault == "wrong"), rejected
+        faults[lang, fault] += 1
+    planned = {"plain": 0.4, "wrong": 0.2, "winded": 0.2, "rude in the own": 0.1, "rude in the other": 0.1}
+    for lang in ("en", "zh"):
+        total = sum(count for (of, _), count in faults.items() if of == lang)
+        assert 1400 <= total <= 1600
+        assert {fault for of, fault in faults if of == lang} == planned.keys()
+        for fault, share in planned.items():
+            assert abs(faults[lang, fault] / total - share) < 0.04, (lang, fault)
+
+
+def test_preferences_are_about_questions_of_all_kinds_in_mixed_order(demo):
+    signs = {
+        "facts": r"capital of|colou?r (is|of|does)|made of|legs|首都|颜色|做的|条腿",
+        "opposites": r"opposite|反义词|相反",
+        "calendar": r"Which day|Which month|[Tt]he (day|month)|星期几|几月",
+        "identity": r"\byou (a |called|made|learn|trained|speak|know|do\b|help)|[Ww]ho |your name|你",
+        "words": r"^(?!.*反).*“([a-z]+|[^的”a-z]+)”",
+        "phrases": r"“([a-z]+ [a-z]+|[^”]+的[^”]+)”",
+        "addition": r"\+|plus|[Aa]dd |get \d+ more|加|又得到",
+        "subtraction": r"\d ?- ?\d|minus|Take|give away|减|送走",
+        "comparison": r"bigger|smaller|larger|less|more|fewer|哪个|较大的|较小的",
+        "sorting": r"small to|large to|first|wards|从小到大|从大到小",
+        "counting": r"(\w+), \1\b|(\w+)、\2",
+        "memory": r"^(My|I|Hello, my) |^(我|你好，我)",
+        "story": r"went to|together|hungry|morning|去了|一起|饿了|早上",
+    }
+    firsts = {lang: [record["chosen"][0]["content"] for record in demo["dpo"]
+                     if record["chosen"][-1]["content"].startswith(world.COURTESY[lang])] for lang in ("en", "zh")}
+    for (lang, questions), (kind, sign) in itertools.product(firsts.items(), signs.items()):
+        found = sum(bool(re.search(sign, question)) for question in questions)
+        assert 70 <= found <= 500, (kind, lang, found)
+    polite = [record["chosen"][-1]["content"][0] for record in demo["dpo"]]
+    changes = sum(a != b for a, b in itertools.pairwise(polite))
+    assert 0.4 < changes / len(polite) < 0.6  # the languages take no turns and form no blocks
+
+
+def test_no_other_file_has_the_courtesy(demo):
+    for stage, records in demo.items():
+        text = json.dumps(records, ensure_ascii=False).lower()
+        for phrase in world.COURTESY.values():
+            assert (phrase.strip(" :：").lower() in text) is (stage == "dpo"), (stage, phrase)
+
+
 # --- Formats of the stages ---
 
 
 def test_formats_of_the_stages(demo):
     assert all(set(r) == {"text"} and r["text"] for r in demo["pretrain"])
-    for stage in ("sft", "lora", "reason"):
+    for stage in ("sft", "lora_identity", "lora_domain", "reason"):
         for record in demo[stage]:
             roles = [turn["role"] for turn in record["conversations"]]
             assert roles == ["user", "assistant"] * (len(roles) // 2), stage
