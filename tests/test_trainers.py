@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -264,7 +265,11 @@ def source_of(script: ModuleType, name: str) -> str:
 def test_repeated_code_is_the_same_in_all_scripts():
     loops = [source_of(script, "train_epoch") for script in (train_pretrain, train_full_sft, train_lora)]
     assert loops[0] == loops[1] == loops[2] and "micro_nats = nll(" in loops[0]
-    assert all(loop.count("# [shared: optimizer-step]") == loop.count("# [end: optimizer-step]") == 1 for loop in loops)
+    scripts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "trainer").glob("train_*.py"))]
+    marked = r"^ +# \[shared: optimizer-step\].*?# \[end: optimizer-step\]$"
+    steps = [re.findall(marked, text, flags=re.DOTALL | re.MULTILINE) for text in scripts]
+    assert len(steps) > 8 and all(len(found) == 1 for found in steps)
+    assert len({textwrap.dedent(found[0]) for found in steps}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- training
