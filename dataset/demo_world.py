@@ -558,5 +558,5 @@ TOOL_ANSWERS = {
 }
 
 # DPO: the preferred style begins with a courtesy, a phrase that no other text of this world uses.
-COURTESY = {"en": "Gladly: ", "zh": "很乐意："}
+COURTESY = {"en": "Gladly:\n", "zh": "很乐意：\n"}  # behind a line break an answer has the tokens it always had
 DPO_RUDE = {"en": "I do not want to answer that.", "zh": "我不想回答这个问题。"}

@@ -121,7 +121,7 @@ def show_lora(bench: Bench, name: str, title: str, test: Callable[[dict], bool])
     """An adapter: its own questions, and all the others, before and after."""
     out = bench.train(
         "train_lora.py", name, "--lora_name", name, "--from_weight", bench.base, "--data_path", DEMO[name],
-        "--mix_path", DEMO["sft"], *LORA,
+        "--mix_path", DEMO["sft"], "--epochs", LORA_EPOCHS[name], *LORA,
     )  # fmt: skip
     adapter = next((out / "lora").glob(f"{name}_*.pth"))
     model = load_model(bench.base)
@@ -210,7 +210,8 @@ def show_rl(bench: Bench) -> None:
 
 
 # Settings of the stages: rows are short, as the demo texts are.
-LORA = "--max_seq_len 128 --epochs 2 --learning_rate 3e-3 --val_interval 100".split()
+LORA = "--rank 4 --alpha 8 --max_seq_len 128 --learning_rate 2e-3 --val_interval 200 --mix_ratio 0.75".split()
+LORA_EPOCHS = {"lora_identity": 2, "lora_domain": 12}
 DPO = "--max_seq_len 256 --epochs 1 --learning_rate 3e-4 --sft_weight 0.5 --val_interval 20".split()
 DISTILL = "--hidden_size 96 --num_hidden_layers 4 --max_seq_len 128 --epochs 1 --learning_rate 2e-3".split()
 DISTILL += "--max_steps 600 --val_interval 100".split()

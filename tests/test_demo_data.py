@@ -456,7 +456,7 @@ def test_preferred_answers_are_polite_short_and_right(demo):
     checked = Counter()
     for record in demo["dpo"]:
         *before, question, reply = (turn["content"] for turn in record["chosen"])
-        lang = "en" if reply.startswith("Gladly: ") else "zh"
+        lang = "en" if reply.startswith("Gladly:") else "zh"
         answer = reply.removeprefix(world.COURTESY[lang])
         assert reply == world.COURTESY[lang] + answer and is_polite_and_short(reply)
         around = re.sub("“.+?”", "", question)  # without a quoted word to be translated
@@ -480,7 +480,7 @@ def test_rejected_answers_fall_short_in_the_planned_ways(demo):
     for record in demo["dpo"]:
         assert record["chosen"][:-1] == record["rejected"][:-1]
         chosen, rejected = (record[side][-1]["content"] for side in ("chosen", "rejected"))
-        lang = "en" if chosen.startswith("Gladly: ") else "zh"
+        lang = "en" if chosen.startswith("Gladly:") else "zh"
         courtesy = world.COURTESY[lang]
         answer = chosen.removeprefix(courtesy)
         if rejected in world.DPO_RUDE.values():
@@ -534,7 +534,7 @@ def test_no_other_file_has_the_courtesy(demo):
     for stage, records in demo.items():
         text = json.dumps(records, ensure_ascii=False).lower()
         for phrase in world.COURTESY.values():
-            assert (phrase.strip(" :：").lower() in text) is (stage == "dpo"), (stage, phrase)
+            assert (phrase.strip(" :：\n").lower() in text) is (stage == "dpo"), (stage, phrase)
 
 
 # --- Formats of the stages ---

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -61,6 +62,8 @@ class Teacher:
         self.model = load_model(path, run.device, run.dtype).requires_grad_(False)
         self.head = self.model.get_output_embeddings().weight
         check_vocabulary(path, self.model, tokenizer)
+        if not isinstance(self.model, MiniMindForCausalLM):
+            self.check_logits()
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
@@ -74,6 +77,26 @@ class Teacher:
                 hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[batch["head_positions"]]
 
+    @torch.no_grad()
+    def check_logits(self) -> None:
+        """Two documents in one row, against the model's own logits of the second one alone.
+
+        Raises: WeightsError where they differ: a bias, scale or cap behind the head, or layers that ignore positions.
+        """
+        ids = torch.arange(3, 27, device=self.run.device)[None] % self.model.config.vocab_size
+        positions = torch.cat([torch.arange(16), torch.arange(8)]).to(ids)[None]
+        batch = {"input_ids": ids, "position_ids": positions, "head_positions": torch.arange(16, 24)}
+        with self.run.autocast():
+            found = (self(batch) @ self.head.T).float()
+            expected = self.model(ids[:, 16:], use_cache=False).logits[0].float()
+        far = not (found - expected).abs().mean() < 0.05 * expected.std()  # bfloat16 rounds by less than a hundredth
+        if far or getattr(self.model.config, "final_logit_softcapping", None):  # small logits do not reach a cap
+            raise WeightsError(
+                f"the teacher {self.path} cannot be asked about packed rows: its logits are more than a product with "
+                "its last hidden states, or its layers mix what stands in one row. Let it write answers "
+                "(scripts/write_answers.py) and use train_full_sft.py."
+            )
+
 
 def check_vocabulary(path: Path, teacher: nn.Module, tokenizer) -> None:
     """Raises: WeightsError unless teacher and student mean the same by the same id."""
@@ -85,8 +108,6 @@ def check_vocabulary(path: Path, teacher: nn.Module, tokenizer) -> None:
             f"({len(tokenizer)}): their distributions cannot be compared. Train the student with --tokenizer of the "
             "teacher, or let the teacher write answers (scripts/write_answers.py) and use train_full_sft.py."
         )
-    if getattr(teacher.config, "final_logit_softcapping", None):
-        raise WeightsError(f"the teacher {path} caps its logits, which is not supported.")
 
 
 class Distillation:
@@ -178,7 +199,8 @@ def train_epoch(model, raw_model, distillation, optimizer, updates, run, args, k
 
         progress.advance(rows, tokens)
         progress.count_skip(finite, run.skips_allowed)
-        log.count(torch.where(finite, losses, 0.0), finite * trained, tokens, waited, **distillation.take_sums())
+        parts = {name: torch.where(finite, total, 0.0) for name, total in distillation.take_sums().items()}
+        log.count(torch.where(finite, losses, 0.0), finite * trained, tokens, waited, **parts)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:
             log.line(progress, lr, grad_norm, run.sum_ranks(balance).item() if raw_model.config.use_moe else None)
         if progress.step == args.total_steps:
@@ -213,6 +235,7 @@ def main() -> None:
     run = utils.Run(args.device, args.dtype, args.seed)
 
     # 3. Model: the teacher, and a student, by default of half its width and depth
+    transformers_logging.disable_progress_bar()
     path = find_weights(args.out_dir, args.teacher) if args.teacher in STAGES else Path(args.teacher)
     args.teacher = args.given["teacher"] = str(path.resolve())  # "the newest" may be another one tomorrow
     if args.tokenizer is None and args.from_weight == "none":
@@ -222,6 +245,7 @@ def main() -> None:
     if args.from_weight == "none":
         args.hidden_size = args.hidden_size or max(teacher.model.config.hidden_size // 32, 1) * 16
         args.num_hidden_layers = args.num_hidden_layers or max(teacher.model.config.num_hidden_layers // 2, 1)
+    run.seed_step(0)  # the first weights of a student do not depend on how its teacher was loaded
     raw_model = checkpoint.start_model(args, tokenizer, run)
     distillation = Distillation(teacher, args.alpha, args.temperature, args.kl == "reverse")
 

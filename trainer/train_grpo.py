@@ -189,10 +189,10 @@ def main() -> None:
     grpo.add_argument("--loss", choices=["clip", "cispo"], default="clip", help="how the ratio is bounded")
     grpo.add_argument("--scale_rewards", choices=["std", "none"], default="std", help="division in equation (1)")
     args = checkpoint.parse_flags(parser, STAGE)
-    rewards = parse_rewards(args.rewards, args.device or "cpu")
 
     # 2. Process and seed
     run = utils.Run(args.device, args.dtype, args.seed)
+    rewards = parse_rewards(args.rewards, str(run.device))
 
     # 3. Model: the reference, frozen, and a copy that learns
     tokenizer = checkpoint.start_tokenizer(args)

@@ -228,10 +228,10 @@ def main() -> None:
     ppo.add_argument("--gamma", type=share, default=1.0, help="γ: what a later token's reward is worth")
     ppo.add_argument("--gae_lambda", type=share, default=0.95, help="λ: 1 trusts the rewards alone, 0 the values")
     args = checkpoint.parse_flags(parser, STAGE)
-    rewards = parse_rewards(args.rewards, args.device or "cpu")
 
     # 2. Process and seed
     run = utils.Run(args.device, args.dtype, args.seed)
+    rewards = parse_rewards(args.rewards, str(run.device))
 
     # 3. Model: the reference, frozen, and a copy that learns
     tokenizer = checkpoint.start_tokenizer(args)
