@@ -55,7 +55,7 @@ SFT_ITEMS = {
 }
 LORA_REPEATS = 3  # each training question of the LoRA files comes up so many times
 MENU_TESTS_PER_ITEM = 2  # phrasings, in each language
-DPO_ITEMS_PER_KIND = 115  # in each language; a kind is a key of SFT_ITEMS
+DPO_SHARE = 0.25  # pairs of a kind, in each language, for each of its SFT_ITEMS: what is hard gets more here too
 DPO_REJECTED = {"plain": 0.4, "wrong": 0.2, "winded": 0.2, "rude": 0.2}  # how often each is the rejected answer
 MAX_POLITE_CHARS = 80  # after the courtesy; the longest answer of the demo tests has 62
 Record = dict[str, object]
@@ -252,7 +252,7 @@ def dpo(demo: DemoWorld) -> list[Record]:
     records: list[Record] = []
     for lang in LANGS:
         rng = demo.rng("dpo", lang)
-        items = [item for kind in SFT_ITEMS for item in demo.training(kind, lang, DPO_ITEMS_PER_KIND, "dpo")]
+        items = [item for kind, n in SFT_ITEMS.items() for item in demo.training(kind, lang, int(n * DPO_SHARE), "dpo")]
         answers: dict[str, list[str]] = {}
         for item in items:
             answers.setdefault(item.kind, []).append(item.answer)

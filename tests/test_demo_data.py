@@ -498,7 +498,7 @@ def test_rejected_answers_fall_short_in_the_planned_ways(demo):
     planned = {"plain": 0.4, "wrong": 0.2, "winded": 0.2, "rude in the own": 0.1, "rude in the other": 0.1}
     for lang in ("en", "zh"):
         total = sum(count for (of, _), count in faults.items() if of == lang)
-        assert 1400 <= total <= 1600
+        assert 4000 <= total <= 4300
         assert {fault for of, fault in faults if of == lang} == planned.keys()
         for fault, share in planned.items():
             assert abs(faults[lang, fault] / total - share) < 0.04, (lang, fault)
@@ -524,7 +524,7 @@ def test_preferences_are_about_questions_of_all_kinds_in_mixed_order(demo):
                      if record["chosen"][-1]["content"].startswith(world.COURTESY[lang])] for lang in ("en", "zh")}
     for (lang, questions), (kind, sign) in itertools.product(firsts.items(), signs.items()):
         found = sum(bool(re.search(sign, question)) for question in questions)
-        assert 70 <= found <= 500, (kind, lang, found)
+        assert 45 <= found <= 1200, (kind, lang, found)
     polite = [record["chosen"][-1]["content"][0] for record in demo["dpo"]]
     changes = sum(a != b for a, b in itertools.pairwise(polite))
     assert 0.4 < changes / len(polite) < 0.6  # the languages take no turns and form no blocks
