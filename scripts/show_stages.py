@@ -139,7 +139,7 @@ def show_lora(bench: Bench, name: str, title: str, test: Callable[[dict], bool])
 
 def show_dpo(bench: Bench) -> None:
     out = bench.train(
-        "train_dpo.py", "dpo", "--from_weight", bench.base, "--data_path", DEMO["dpo"], "--val_ratio", 0.05, *DPO
+        "train_dpo.py", "dpo", "--from_weight", bench.base, "--data_path", DEMO["dpo"], "--val_ratio", 0.02, *DPO
     )
     after = next(out.glob("rlhf_*.pth"))
     figures = {"held-out pairs": {"share": last_metric(out / "runs" / after.stem, "val_accuracy")}}
@@ -211,12 +211,12 @@ def show_rl(bench: Bench) -> None:
 
 # Settings of the stages: rows are short, as the demo texts are.
 LORA = "--rank 4 --alpha 8 --max_seq_len 128 --learning_rate 2e-3 --val_interval 200 --mix_ratio 0.75".split()
-LORA_EPOCHS = {"lora_identity": 2, "lora_domain": 12}
-DPO = "--max_seq_len 256 --epochs 1 --learning_rate 3e-4 --sft_weight 0.5 --val_interval 20".split()
-DISTILL = "--hidden_size 96 --num_hidden_layers 4 --max_seq_len 128 --epochs 1 --learning_rate 2e-3".split()
-DISTILL += "--max_steps 600 --val_interval 100".split()
-REASON = "--max_seq_len 256 --epochs 2 --learning_rate 1e-3 --val_interval 50".split()
-HALF = "--max_seq_len 256 --max_steps 150 --learning_rate 1e-3 --val_interval 50".split()
+LORA_EPOCHS = {"lora_identity": 3, "lora_domain": 12}
+DPO = "--max_seq_len 256 --epochs 1 --learning_rate 2e-4 --beta 1 --sft_weight 3 --val_interval 100".split()
+DISTILL = "--hidden_size 80 --num_hidden_layers 2 --max_seq_len 128 --epochs 1 --learning_rate 2e-3".split()
+DISTILL += "--max_steps 400 --val_interval 100".split()
+REASON = "--max_seq_len 256 --epochs 2 --learning_rate 1e-3 --mix_ratio 0.7 --val_interval 100".split()
+HALF = "--max_seq_len 256 --max_steps 200 --learning_rate 1e-3 --mix_ratio 0.5 --val_interval 50".split()
 RL = "--max_seq_len 256 --max_new_tokens 128 --val_interval 10 --learning_rate 2e-4 --log_interval 1".split()
 GRPO = [*RL, "--max_steps", "60", "--batch_size", "16"]
 PPO = [*RL, "--max_steps", "60", "--batch_size", "32"]

@@ -92,17 +92,19 @@ class BoolFlag(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, value)
 
 
-def number(kind: type, low: float, excluded: bool = False, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: an int or float from `low` on (above it, when excluded), below `high`."""
+def number(
+    kind: type, low: float, excluded: bool = False, high: float = math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: an int or float from `low` on (above it, when excluded), below `high`, at most `most`."""
 
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (value > low if excluded else value >= low) or not value < high:
+        if not (value > low if excluded else value >= low) or not value < high or value > most:
             what = "a whole number" if kind is int else "a number"
-            limit = "" if math.isinf(high) else f", below {high}"
+            limit = f", below {high}" if high < math.inf else f", at most {most}" if most < math.inf else ""
             expected = f"{what} {'above' if excluded else 'from'} {low}{limit}"
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
         return value

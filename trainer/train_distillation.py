@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--from_weight", default="none", help="the student: a stage, a file, or none for a new one")
     distill = parser.add_argument_group("distillation")
     distill.add_argument("--teacher", default="full_sft", help="a stage, a file or a transformers folder")
-    share, positive = number(float, 0, high=1.000001), number(float, 0, excluded=True)
+    share, positive = number(float, 0, most=1), number(float, 0, excluded=True)
     distill.add_argument("--alpha", type=share, default=0.0, help="weight of the hard labels; 1: no distillation")
     distill.add_argument("--temperature", type=positive, default=1.0, help="τ, of both distributions")
     distill.add_argument("--kl", choices=["forward", "reverse"], default="forward", help="equation (3) or (4)")

@@ -101,11 +101,14 @@ def train_epoch(
         counts = torch.tensor([drawn, read, rows, stop.signal is not None])
         tokens, read, rows, stopping = run.sum_ranks(counts).tolist()
 
+        if args.beta:
+            with torch.no_grad():
+                for micro in micros:
+                    micro["reference_logps"] = answer_logps(reference, run, micro, args.temperature)[0]
+
         for _ in range(args.inner_updates):
             losses, balance, kls, clips, entropies = torch.zeros(5, device=run.device)
             for i, micro in enumerate(micros):
-                with torch.no_grad():
-                    reference_logps = answer_logps(reference, run, micro, args.temperature)[0] if args.beta else None
                 with run.sync_only_if(model, last=i == len(micros) - 1), run.autocast():
                     logps, entropy, out = answer_logps(model, run, micro, args.temperature)
                     real = micro["targets"] >= 0
@@ -114,7 +117,7 @@ def train_epoch(
                         logps, micro["old_logps"], gain, args.loss, args.clip_low, args.clip_high
                     )
                     if args.beta:
-                        kl = kl_estimate(logps, reference_logps) * real
+                        kl = kl_estimate(logps, micro["reference_logps"]) * real
                         token_loss = token_loss + args.beta * kl
                         kls += kl.detach().sum()
                     micro_loss = (token_loss * real).sum()

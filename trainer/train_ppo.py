@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--from_weight", default="reason", help="the policy to begin with: a stage or a file")
     utils.add_rollout_flags(parser, generations=4, beta=0.02)
     ppo = parser.add_argument_group("value head")
-    share = number(float, 0, high=1.000001)
+    share = number(float, 0, most=1)
     ppo.add_argument("--critic_learning_rate", type=number(float, 0), default=1e-3, help="of the value head alone")
     ppo.add_argument("--value_coef", type=number(float, 0), default=0.1, help="c of equation (3)")
     ppo.add_argument("--gamma", type=share, default=1.0, help="γ: what a later token's reward is worth")

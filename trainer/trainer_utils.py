@@ -384,7 +384,7 @@ def add_rollout_flags(parser: argparse.ArgumentParser, generations: int, beta: f
     policy.add_argument("--inner_updates", type=natural, default=1, help="steps on the same answers")
     policy.add_argument("--micro_rows", type=natural, default=8, help="rows of --max_seq_len trained on at a time")
     policy.add_argument("--beta", type=share, default=beta, help="weight of the KL to the model before; 0: none")
-    policy.add_argument("--clip_low", type=number(float, 0, high=1.000001), default=0.2, help="ε_low")
+    policy.add_argument("--clip_low", type=number(float, 0, most=1), default=0.2, help="ε_low")
     policy.add_argument("--clip_high", type=share, default=0.28, help="ε_high, larger: rare tokens may grow faster")
 
 
