@@ -146,7 +146,7 @@ def train_epoch(
 
         progress.advance(questions, read)
         log.count(torch.where(finite, losses, 0.0), finite * tokens, read, 0.0, kl=kls, clip=clips, entropy=entropies)
-        log.count_means(len(answers), **{name: sum(values) for name, values in parts.items()}, length=drawn)
+        log.count_means(len(answers), **{name: sum(values) for name, values in parts.items()}, answer_tokens=drawn)
         log.count_means(drawing, drawn_per_second=drawn)
         log.count_means(time.perf_counter() - started - drawing, trained_per_second=drawn * args.inner_updates)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:

@@ -191,7 +191,7 @@ def train_epoch(
             entropy=entropies,
             value_loss=value_losses,
         )
-        log.count_means(len(answers), **{name: sum(values) for name, values in parts.items()}, length=drawn)
+        log.count_means(len(answers), **{name: sum(values) for name, values in parts.items()}, answer_tokens=drawn)
         log.count_means(drawing, drawn_per_second=drawn)
         log.count_means(time.perf_counter() - started - drawing, trained_per_second=drawn * args.inner_updates)
         if progress.step % args.log_interval == 0 or progress.step == args.total_steps:
