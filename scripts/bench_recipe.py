@@ -96,7 +96,7 @@ class PaddedRows(torch.utils.data.Dataset):
 
     def __init__(self, data: PretrainDataset | SFTDataset):
         self.cache, self.max_seq_len, self.pad = data.cache, data.max_seq_len, data.pad_token_id
-        self.collate = data.collate
+        self.collate, self.count_terms = data.collate, data.count_terms
         offsets = self.cache.offsets.array
         rows = data._rows.array
         # the records of the training part, by where they start; pieces of one record begin inside it and fall away

@@ -9,6 +9,8 @@ Legend: B rows of a micro-batch · T tokens of a row · N answer tokens of a mic
 中文：训练过程中由模型自己写出的回答：批量采样，再装箱成满行；只对回答部分的词元计分。
 """
 
+import argparse
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -21,9 +23,26 @@ from torch import Tensor, nn
 
 from dataset.lm_dataset import IGNORE
 from dataset.packing import pack_best_fit
+from dataset.stage_datasets import PromptDataset
 from model.generation import Decoder, Sampling, stop_ids
+from model.weights import atomic_open
+from trainer.command_line import UserError
 from trainer.rewards import Reward, score
-from trainer.trainer_utils import Run
+from trainer.trainer_utils import Run, load_splits
+
+
+def load_prompts(args: argparse.Namespace, tokenizer, run: Run) -> tuple[PromptDataset, PromptDataset]:
+    """Questions to train on and held-out ones, as far as they leave room for an answer.  Raises: UserError."""
+    lengths = f"--max_new_tokens {args.max_new_tokens} in --max_seq_len {args.max_seq_len}"
+    cure = "lower the one or raise the other"
+    if args.max_new_tokens >= args.max_seq_len:
+        raise UserError(f"{lengths} leaves no room for a prompt: {cure}.")
+    data, held_out = load_splits(
+        functools.partial(PromptDataset, max_new_tokens=args.max_new_tokens), args, tokenizer, run
+    )
+    if len(data) == 0 and data.stats["dropped"]:
+        raise UserError(f"{args.data_path}: nothing to train on. {lengths} leaves no prompt enough room: {cure}.")
+    return data, held_out
 
 
 @dataclass
@@ -86,6 +105,8 @@ class Roller:
 
 def rewarded(rewards: Sequence[Reward], answers: Sequence[Answer]) -> dict[str, list[float]]:
     """The parts of the reward and, under "reward", their weighted sum, for each answer.  Raises: UserError."""
+    if not answers:  # a rank for which no question is left; a reward model may not know what to do with nothing
+        return {name: [] for name in (*(reward.name for reward in rewards), "reward")}
     return score(rewards, [answer.text for answer in answers], [answer.record for answer in answers])
 
 
@@ -154,10 +175,10 @@ def policy_loss(
     """
     ratio = (logps - old_logps).exp()
     if kind == "cispo":
-        clipped = ratio > 1 + clip_high
+        clipped = (ratio > 1 + clip_high) & (advantages != 0)
         return -ratio.clamp(max=1 + clip_high).detach() * advantages * logps, clipped
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    clipped = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
+    clipped = torch.where(advantages > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantages < 0))
     return -torch.minimum(ratio * advantages, bounded * advantages), clipped
 
 
@@ -167,7 +188,7 @@ def kl_estimate(logps: Tensor, reference_logps: Tensor) -> Tensor:
     Unbiased, never negative, of little variance (Schulman 2020, "Approximating KL divergence", k3).  Shape: (N,).
     """
     difference = reference_logps - logps
-    return difference.exp() - difference - 1
+    return torch.expm1(difference) - difference  # e^d − 1 by itself would round a small d away
 
 
 def write_samples(
@@ -179,3 +200,14 @@ def write_samples(
             figures = {name: round(values[i], 4) for name, values in parts.items()}
             line = {"step": step, "question": answer.record["question"], "reply": answer.text, **figures}
             f.write(json.dumps(line | {"truth": answer.record["answer"]}, ensure_ascii=False) + "\n")
+
+
+def forget_samples(folder: Path, step: int) -> None:
+    """Drops the samples after the resumed step, so that the file tells one uninterrupted run."""
+    path = folder / "samples.jsonl"
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", newline="\n") as f:
+        lines = [line for line in f if line.endswith("\n")]  # the last one may have been cut off
+    with atomic_open(path, "w") as f:
+        f.writelines(line for line in lines if json.loads(line)["step"] <= step)

@@ -28,7 +28,6 @@ Dimension legend: B rows · T tokens · N answer tokens of a micro-batch · G an
 
 import argparse
 import copy
-import functools
 import sys
 import time
 from pathlib import Path
@@ -39,13 +38,21 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.stage_datasets import PromptDataset
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
-from trainer.command_line import run_script
+from trainer.command_line import UserError, run_script
 from trainer.optimizer import make_optimizer, step_if
 from trainer.rewards import parse_rewards
-from trainer.rollout import Roller, kl_estimate, pack_answers, policy_loss, rewarded, write_samples
+from trainer.rollout import (
+    Roller,
+    forget_samples,
+    kl_estimate,
+    load_prompts,
+    pack_answers,
+    policy_loss,
+    rewarded,
+    write_samples,
+)
 from trainer.token_logps import token_logps
 
 STAGE = "grpo"
@@ -89,8 +96,8 @@ def train_epoch(
         drawn = sum(len(answer.tokens) for answer in answers)
         drawing = time.perf_counter() - started
         parts = rewarded(rewards, answers)
-        grouped = torch.tensor(parts["reward"]).view(-1, args.num_generations)
-        advantages = group_advantages(grouped, args.scale_rewards).flatten().to(run.device)
+        grouped = torch.tensor(parts["reward"], dtype=torch.float64).view(-1, args.num_generations)
+        advantages = group_advantages(grouped, args.scale_rewards).flatten().float().to(run.device)
         if len(answers) == 0:  # only at the end of an epoch, on a rank for which no question is left
             advantages = torch.zeros(1, device=run.device)
         micros, _ = pack_answers(answers, args.max_seq_len, args.micro_rows, roller.pad, run)
@@ -145,7 +152,9 @@ def train_epoch(
             progress.count_skip(finite, run.skips_allowed)
 
         progress.advance(questions, read)
-        log.count(torch.where(finite, losses, 0.0), finite * tokens, read, 0.0, kl=kls, clip=clips, entropy=entropies)
+        figures = {"kl": kls, "clip": clips, "entropy": entropies}
+        figures = {name: torch.where(finite, total, 0.0) for name, total in figures.items()}
+        log.count(torch.where(finite, losses, 0.0), finite * tokens, read, 0.0, **figures)
         log.count_means(len(answers), **{name: sum(values) for name, values in parts.items()}, answer_tokens=drawn)
         log.count_means(drawing, drawn_per_second=drawn)
         log.count_means(time.perf_counter() - started - drawing, trained_per_second=drawn * args.inner_updates)
@@ -193,6 +202,9 @@ def main() -> None:
     grpo.add_argument("--scale_rewards", choices=["std", "none"], default="std", help="division in equation (1)")
     args = checkpoint.parse_flags(parser, STAGE)
 
+    if args.num_generations < 2:
+        raise UserError("--num_generations 1: GRPO compares the answers to a question; give 2 or more.")
+
     # 2. Process and seed
     run = utils.Run(args.device, args.dtype, args.seed)
     rewards = parse_rewards(args.rewards, str(run.device))
@@ -205,8 +217,7 @@ def main() -> None:
 
     # 4. Data: questions, and who answers them
     args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "rl", run))
-    prompts = functools.partial(PromptDataset, max_new_tokens=args.max_new_tokens)
-    data, held_out = utils.load_splits(prompts, args, tokenizer, run)
+    data, held_out = load_prompts(args, tokenizer, run)
     utils.plan_updates(args, len(data), run)
     roller = Roller(raw_model, tokenizer, run, args.rollout_slots, args.max_seq_len, args.max_new_tokens)
 
@@ -222,6 +233,9 @@ def main() -> None:
     model, _ = utils.compile_and_wrap(raw_model, None, run, args)
     batch = f"{args.batch_size * args.accumulation_steps} questions × {args.num_generations} answers"
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per answer", curve="reward", batch=batch)
+
+    if run.is_main:
+        forget_samples(keeper.folder, progress.step)
 
     def check() -> None:
         with log.pause():

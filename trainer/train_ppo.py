@@ -26,7 +26,6 @@ Dimension legend: B rows · T tokens · N answer tokens of a micro-batch · A an
 
 import argparse
 import copy
-import functools
 import sys
 import time
 from pathlib import Path
@@ -37,13 +36,21 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.stage_datasets import PromptDataset
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import number, run_script
 from trainer.optimizer import add_group, make_optimizer, step_if
 from trainer.rewards import parse_rewards
-from trainer.rollout import Roller, kl_estimate, pack_answers, policy_loss, rewarded, write_samples
+from trainer.rollout import (
+    Roller,
+    forget_samples,
+    kl_estimate,
+    load_prompts,
+    pack_answers,
+    policy_loss,
+    rewarded,
+    write_samples,
+)
 from trainer.token_logps import token_logps
 from trainer.train_grpo import DATA_NAMES, validate
 
@@ -181,16 +188,9 @@ def train_epoch(
             progress.count_skip(finite, run.skips_allowed)
 
         progress.advance(questions, read)
-        log.count(
-            torch.where(finite, losses, 0.0),
-            finite * tokens,
-            read,
-            0.0,
-            kl=kls,
-            clip=clips,
-            entropy=entropies,
-            value_loss=value_losses,
-        )
+        figures = {"kl": kls, "clip": clips, "entropy": entropies, "value_loss": value_losses}
+        figures = {name: torch.where(finite, total, 0.0) for name, total in figures.items()}
+        log.count(torch.where(finite, losses, 0.0), finite * tokens, read, 0.0, **figures)
         log.count_means(len(answers), **{name: sum(values) for name, values in parts.items()}, answer_tokens=drawn)
         log.count_means(drawing, drawn_per_second=drawn)
         log.count_means(time.perf_counter() - started - drawing, trained_per_second=drawn * args.inner_updates)
@@ -241,8 +241,7 @@ def main() -> None:
 
     # 4. Data: questions, and who answers them
     args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "rl", run))
-    prompts = functools.partial(PromptDataset, max_new_tokens=args.max_new_tokens)
-    data, held_out = utils.load_splits(prompts, args, tokenizer, run)
+    data, held_out = load_prompts(args, tokenizer, run)
     utils.plan_updates(args, len(data), run)
     roller = Roller(raw_model, tokenizer, run, args.rollout_slots, args.max_seq_len, args.max_new_tokens)
 
@@ -262,6 +261,9 @@ def main() -> None:
     model, _ = utils.compile_and_wrap(raw_model, None, run, args)
     batch = f"{args.batch_size * args.accumulation_steps} questions × {args.num_generations} answers"
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per answer", curve="reward", batch=batch)
+
+    if run.is_main:
+        forget_samples(keeper.folder, progress.step)
 
     def check() -> None:
         with log.pause():
