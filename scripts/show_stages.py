@@ -1,7 +1,7 @@
 """What each stage after SFT teaches, in figures on questions that no stage trains on: `python scripts/show_stages.py`.
 
-Starts from the SFT weights of the quick start and repeats every stage on the demo data with fixed seeds: LoRA (a name,
 Starts from the SFT weights of the quick start and repeats each stage on the demo data with fixed seeds: LoRA (a name,
+a price list), DPO, distillation, reasoning, GRPO and PPO. Before and after each, the test questions are asked; the table
 and a JSON are kept in out/stages, with one picture per stage. What is finished is not run again.
 
     python scripts/quick_start.py && python scripts/show_stages.py
@@ -27,6 +27,7 @@ from model.model_lora import load_lora, lora_state_dict
 from model.weights import WeightsError, atomic_open, load_model, load_tokenizer
 from scripts.score_questions import read_questions, wilson
 from scripts.terminal import chat_ids, decode, split_thinking
+from trainer.checkpoint import sha256_of
 from trainer.command_line import UserError, check_writable, run_script
 from trainer.rewards import format as well_formed
 from trainer.run_log import read_metrics
@@ -41,7 +42,7 @@ class Bench:
 
     def __init__(self, base: Path, out: Path, images: Path):
         self.base, self.out, self.images = base, out, images
-        self.tokenizer = load_tokenizer()
+        self.tokenizer, self.base_sha256 = load_tokenizer(), sha256_of(base)
         self.results: dict[str, dict] = {}
         self.seconds: dict[str, float] = {}
 
@@ -54,7 +55,8 @@ class Bench:
         words = [sys.executable, f"trainer/{script}", "--out_dir", out, *SHARED, *flags]
         words = [str(word) for word in words]
         stamp = out / "finished.json"
-        if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["words"] == words:
+        ran = {"words": words, "base": self.base_sha256}
+        if stamp.is_file() and ran.items() <= json.loads(stamp.read_text(encoding="utf-8")).items():
             self.seconds[folder] = json.loads(stamp.read_text(encoding="utf-8"))["seconds"]
             return out
         out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ class Bench:
             raise UserError(f"{script} ended with status {status}; see {out / 'output.txt'}.")
         self.seconds[folder] = time.perf_counter() - started
         with atomic_open(stamp, "w") as f:
-            json.dump({"words": words, "seconds": self.seconds[folder]}, f)
+            json.dump({**ran, "seconds": self.seconds[folder]}, f)
         return out
 
     def ask(
@@ -285,7 +287,8 @@ def draw(bench: Bench, name: str) -> None:
     bars.set(xlim=(0, 112), xlabel="% of held-out questions", title=name.replace("_", " "))
     if name == "rl":
         for part, colour in (("grpo", "#3b6ea5"), ("ppo", "#c8553d")):
-            records = read_metrics(next((bench.out / part / "runs").glob("*_*")) / "metrics.jsonl")
+            weights = next((bench.out / part).glob("*.pth"))
+            records = read_metrics(bench.out / part / "runs" / weights.stem / "metrics.jsonl")
             for key, style in (("answer", "-"), ("val_answer", "o--")):
                 points = [(r["step"], 100 * r[key]) for r in records if key in r]
                 label = f"{part}, {'drawn' if key == 'answer' else 'held out, greedy'}"

@@ -96,7 +96,7 @@ def draw_answers(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Let a teacher answer questions. Defaults stand in brackets.")
-    add, natural, share = parser.add_argument, number(int, 1), number(float, 0, high=1.000001)
+    add, natural, share = parser.add_argument, number(int, 1), number(float, 0, most=1)
     add("--model", default="full_sft", help="the teacher: a stage, a .pth file or a transformers folder (full_sft)")
     add("--out_dir", type=Path, default=ROOT / "out", help="where the weights of a stage are (out/ of the project)")
     add("--data_path", type=Path, required=True, help="the questions: a JSON Lines file of SFT or RL records")

@@ -72,16 +72,19 @@ def tokenizer():
     return load_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> SimpleNamespace:
+def make_material(folder: Path) -> SimpleNamespace:
     """A file of questions and weights to begin with."""
-    folder = tmp_path_factory.mktemp("questions")
     save_weights(tiny_model(), folder / "reason_32.pth", {"stage": "reason"})
     save_weights(tiny_model(use_moe=True), folder / "reason_32_moe.pth", {"stage": "reason"})
     path = write_records(folder / "questions.jsonl", [question(i) for i in range(QUESTIONS)])
     return SimpleNamespace(
         questions=path, base=folder / "reason_32.pth", moe=folder / "reason_32_moe.pth", folder=folder
     )
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> SimpleNamespace:
+    return make_material(tmp_path_factory.mktemp("questions"))
 
 
 @pytest.fixture
@@ -97,8 +100,8 @@ def rl_flags(material: SimpleNamespace, out_dir: Path, rewards: str = "length", 
         out_dir=out_dir, data_path=material.questions, device="cpu", dtype="float32", from_weight=material.base,
         max_seq_len=WIDTH, max_new_tokens=LONGEST, batch_size=4, accumulation_steps=1, num_generations=4, micro_rows=4,
         rollout_slots=64, temperature=1.0, inner_updates=1, beta=0.02, clip_low=0.2, clip_high=0.28, epochs=2,
-        learning_rate=5e-3, warmup_iters=1, weight_decay=0.0, grad_clip=1.0, optimizer="adamw", log_interval=1,
-        save_interval=5, val_interval=4, val_ratio=0.15, val_rows=64, max_steps=12,
+        learning_rate=5e-4, warmup_iters=1, weight_decay=0.0, grad_clip=1.0, optimizer="adamw", log_interval=1,
+        save_interval=5, val_interval=4, val_ratio=0.15, val_rows=64, max_steps=16,
     )  # fmt: skip
     return [*words(flags | changes), "--no-compile", "--rewards", *rewards.split()]
 
@@ -120,8 +123,10 @@ class Insight:
     def __init__(self, patch: pytest.MonkeyPatch, script: ModuleType, at: dict | None = None):
         """at: number of an update → function called right after it, before it is logged or saved."""
         self.answers, self.parts, self.weights, self.gradients, self.rates = [], [], [], [], []
-        make_optimizer, rate, pack, step_if = (
-            getattr(script, name) for name in ("make_optimizer", "rewarded", "pack_answers", "step_if")
+        self.frozen = []  # modules without a gradient that log-probabilities were asked of
+        outputs = "answer_logps" if hasattr(script, "answer_logps") else "answer_outputs"
+        make_optimizer, rate, pack, step_if, ask = (
+            getattr(script, name) for name in ("make_optimizer", "rewarded", "pack_answers", "step_if", outputs)
         )
         count, parts, at, done = run_log.RunLog.count, [], at or {}, []
 
@@ -145,12 +150,18 @@ class Insight:
             self.rates.append([group["lr"] for group in optimizer.param_groups])
             step_if(finite, optimizer)
 
+        def asked(model, *args):
+            if not any(p.requires_grad for p in model.parameters()) and model not in self.frozen:
+                self.frozen.append(model)
+            return ask(model, *args)
+
         def counted(log, *args, **sums):
             count(log, *args, **sums)
             done.append(1)
             at.get(len(done), lambda: None)()
 
-        for name, function in dict(make_optimizer=made, rewarded=rated, pack_answers=packed, step_if=stepped).items():
+        functions = {"make_optimizer": made, "rewarded": rated, "pack_answers": packed, "step_if": stepped}
+        for name, function in (functions | {outputs: asked}).items():
             patch.setattr(script, name, function)
         patch.setattr(run_log.RunLog, "count", counted)
 
@@ -215,14 +226,14 @@ def layout_flags(material, out_dir: Path, name: str, ranks: int) -> list[str]:
 
 
 @functools.cache
-def two_ranks(factory: pytest.TempPathFactory, material_folder: Path) -> Path:
-    """The folder in which each of `RANK_RUNS` has its out_dir, and in it rank0.pt and rank1.pt: (drawn, weights)."""
-    folder = factory.mktemp("ranks")
-    material = SimpleNamespace(
-        questions=material_folder / "questions.jsonl",
-        base=material_folder / "reason_32.pth",
-        moe=material_folder / "reason_32_moe.pth",
-    )
+def two_ranks(folder: Path) -> Path:
+    """The folder in which each of `RANK_RUNS` has its out_dir, and in it rank0.pt and rank1.pt: (drawn, weights).
+
+    Args: folder of this session of pytest, below which they lie.
+    """
+    folder = folder / "two_ranks"
+    folder.mkdir()
+    material = make_material(folder)
     runs = [(script, str(folder / n), layout_flags(material, folder / n, n, 2)) for n, (script, _) in RANK_RUNS.items()]
     path = folder / "several_runs.py"
     path.write_text(SEVERAL_RUNS.format(root=str(ROOT)), encoding="utf-8")
@@ -468,6 +479,8 @@ def test_kl_estimate_against_the_exact_kl():
     assert float(estimates.mean()) == pytest.approx(exact, abs=4 * deviation)
     assert (estimates >= 0).all() and (estimates > 0).any()
     assert kl_estimate(policy, policy).tolist() == [0.0] * 8
+    small = kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.001])).item()  # d²/2, in float32
+    assert small == pytest.approx(0.5e-6, rel=1e-2)
     logps = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
     kl_estimate(logps, torch.tensor([-1.5, -1.0, -0.5])).sum().backward()
     assert logps.grad.tolist() == pytest.approx([1 - math.exp(-0.5), 1 - math.exp(1), 0.0], rel=1e-12)

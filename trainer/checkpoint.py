@@ -238,7 +238,9 @@ def start_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
     return load_tokenizer(args.tokenizer)
 
 
-def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run) -> MiniMindForCausalLM:
+def start_model(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, run: Run, keep_score: bool = False
+) -> MiniMindForCausalLM:
     """The model a stage starts from: the weights named by `--from_weight` (a stage or a file), or a new one.
 
     Weights know their configuration; a size given on the command line must agree with it. A resumed run knows it too:
@@ -262,6 +264,8 @@ def start_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, ru
         )
         return MiniMindForCausalLM(config).to(run.device).train()
     model = load_model(path, run.device, **given)
+    if hasattr(model, "score") and not keep_score:  # of a reward model, of no use to any other stage
+        del model.score
     if model.config.vocab_size != len(tokenizer):
         raise WeightsError(f"{path} has {model.config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they differ.")
     if run.is_main:
@@ -296,6 +300,18 @@ class Keeper:
         self.progress = Progress()
         self.wandb_id: str | None = None
         self.also_same: dict[str, object] = {}  # what else a resumed run must share with the interrupted one
+
+    def depends_on(self, what: str, path: Path) -> None:
+        """Notes weights that the run compares itself with; a resumed run must find the same.
+
+        Raises: UserError where the run would write over them.
+        """
+        if path.resolve() == self.weights.resolve():
+            raise UserError(
+                f"the {what} {path} is what this run would write over, and then it could not be resumed. Name another "
+                "--out_dir, and the weights by their path."
+            )
+        self.also_same[f"{what} weights"] = sha256_of_weights(path)
 
     def restore_or_start(self, data_key: str) -> Progress:
         """With `--resume` the newest whole state, else an empty run folder.

@@ -115,7 +115,8 @@ def make_optimizer(
     Args: kind: "muon" (Muon and AdamW) or "adamw"; dtype: of Muon's products, as a rule the run's.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name and "mlp.gate.weight" not in name]
+    not_inner = ("embed_tokens", "mlp.gate.weight", "score.weight")  # embedding, router, the one row of a reward model
+    inner = [p for name, p in named if p.ndim == 2 and not any(part in name for part in not_inner)]
     if kind == "adamw":
         inner = []
     taken = {id(p) for p in inner}

@@ -28,7 +28,7 @@ import argparse
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
@@ -189,6 +189,19 @@ def parse_rewards(
     if not any(reward.weight for reward in rewards):
         raise UserError("--rewards needs a reward with a weight above 0, for example --rewards answer format:0.2.")
     return rewards
+
+
+def check_rewards(rewards: Sequence[Reward], records: Iterable[dict]) -> None:
+    """Loads the reward models and looks at the records of the data, now and not in the middle of a run.
+
+    Raises: UserError, WeightsError.
+    """
+    for reward in rewards:
+        if isinstance(reward.rate, LazyModel):
+            reward.rate.scorer  # noqa: B018 - read once, it is loaded
+        elif reward.name == "answer":
+            for record in records:
+                answer("", record)
 
 
 def shortened(text: str) -> str:

@@ -39,7 +39,7 @@ from model.model_minimind import IGNORE
 from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.chunked_nll import summed_through_head
-from trainer.command_line import number, run_script
+from trainer.command_line import UserError, number, run_script
 from trainer.optimizer import make_optimizer, step_if
 from trainer.train_full_sft import summed_nll
 
@@ -148,6 +148,10 @@ def main() -> None:
     tokenizer = checkpoint.start_tokenizer(args)
     raw_model = checkpoint.start_model(args, tokenizer, run)
 
+    if any(tag not in tokenizer.get_vocab() for tag in TAGS):
+        raise UserError(f"the tokenizer has no {', '.join(TAGS)}; the shipped one has.")
+    tags = torch.tensor(tokenizer.convert_tokens_to_ids(TAGS), device=run.device)
+
     # 4. Data: tokenised once, packed into rows
     args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "reason", run))
     data, held_out = utils.load_splits(ReasonDataset, args, tokenizer, run)
@@ -162,7 +166,6 @@ def main() -> None:
 
     # 6. Compile and wrap
     model, _ = utils.compile_and_wrap(raw_model, None, run, args)
-    tags = torch.tensor(tokenizer.convert_tokens_to_ids(TAGS), device=run.device)
     nll = functools.partial(weighted_nll, tags=tags, tag_weight=args.tag_weight)
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data)
     bytes_of = token_bytes(tokenizer)
@@ -171,8 +174,8 @@ def main() -> None:
         with log.pause():
             settings = summed_nll, run, args.batch_size, args.val_rows, bytes_of
             result = utils.validate(raw_model, held_out, *settings)
-            if result and mix_held_out:
-                result["val_mix_loss"] = utils.validate(raw_model, mix_held_out, *settings)["val_loss"]
+            if mix_held_out and (mixed := utils.validate(raw_model, mix_held_out, *settings)):
+                result = {**(result or {}), "val_mix_loss": mixed["val_loss"]}
             log.validation(progress, result)
 
     # 7. Epochs

@@ -16,7 +16,7 @@ the batch are held, never all:
 
 Logged: the loss, its two parts CE and KL; held-out CE and bits per byte as in SFT.
 
-    python trainer/train_distillation.py                                   # newest SFT weights teach a quarter of them
+    python trainer/train_distillation.py                                   # newest SFT weights teach a fifth of them
     python trainer/train_distillation.py --teacher out/full_sft_768.pth --from_weight out/full_sft_512.pth
     python trainer/train_distillation.py --teacher folder/of/transformers --hidden_size 512 --num_hidden_layers 8
     torchrun --nproc_per_node 2 trainer/train_distillation.py
@@ -258,7 +258,7 @@ def main() -> None:
     optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer, run.dtype)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
     keeper.also_same = {name: getattr(args, name) for name in ("alpha", "temperature", "kl")}
-    keeper.also_same["teacher weights"] = checkpoint.sha256_of_weights(path)
+    keeper.depends_on("teacher", path)
     progress = keeper.restore_or_start(data.data_key)
 
     # 6. Compile and wrap

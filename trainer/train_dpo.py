@@ -254,7 +254,7 @@ def main() -> None:
     # 5. Optimiser, and the state of an interrupted run
     optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer, run.dtype)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
-    keeper.also_same = {"reference weights": checkpoint.sha256_of_weights(Path(args.from_weight))}
+    keeper.depends_on("reference", Path(args.from_weight))
     keeper.also_same |= {name: getattr(args, name) for name in ("loss", "beta", "label_smoothing", "sft_weight")}
     progress = keeper.restore_or_start(data.data_key)
 
@@ -263,8 +263,9 @@ def main() -> None:
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per pair")
 
     if args.precompute_reference and not progress.finished:
-        reference.precompute(data, args.batch_size)
-        held_out_reference.precompute(held_out, args.batch_size)
+        with log.pause():
+            reference.precompute(data, args.batch_size)
+            held_out_reference.precompute(held_out, args.batch_size)
 
     def check() -> None:
         with log.pause():

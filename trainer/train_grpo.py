@@ -42,7 +42,7 @@ from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import UserError, run_script
 from trainer.optimizer import make_optimizer, step_if
-from trainer.rewards import parse_rewards
+from trainer.rewards import check_rewards, parse_rewards
 from trainer.rollout import (
     Roller,
     forget_samples,
@@ -113,6 +113,7 @@ def train_epoch(
                 for micro in micros:
                     micro["reference_logps"] = answer_logps(reference, run, micro, args.temperature)[0]
 
+        all_finite = torch.ones((), dtype=torch.bool, device=run.device)
         for _ in range(args.inner_updates):
             losses, balance, kls, clips, entropies = torch.zeros(5, device=run.device)
             for i, micro in enumerate(micros):
@@ -149,9 +150,10 @@ def train_epoch(
                 step_if(finite, optimizer)
             optimizer.zero_grad(set_to_none=True)
             # [end: optimizer-step]
-            progress.count_skip(finite, run.skips_allowed)
+            all_finite = all_finite & finite
 
         progress.advance(questions, read)
+        progress.count_skip(all_finite, run.skips_allowed)
         figures = {"kl": kls, "clip": clips, "entropy": entropies}
         figures = {name: torch.where(finite, total, 0.0) for name, total in figures.items()}
         log.count(torch.where(finite, losses, 0.0), finite * tokens, read, 0.0, **figures)
@@ -218,13 +220,14 @@ def main() -> None:
     # 4. Data: questions, and who answers them
     args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "rl", run))
     data, held_out = load_prompts(args, tokenizer, run)
+    check_rewards(rewards, (part[i]["record"] for part in (data, held_out) for i in range(len(part))))
     utils.plan_updates(args, len(data), run)
     roller = Roller(raw_model, tokenizer, run, args.rollout_slots, args.max_seq_len, args.max_new_tokens)
 
     # 5. Optimiser, and the state of an interrupted run
     optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer, run.dtype)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
-    keeper.also_same = {"reference weights": checkpoint.sha256_of_weights(Path(args.from_weight))}
+    keeper.depends_on("reference", Path(args.from_weight))
     same = "rewards num_generations max_new_tokens temperature inner_updates beta clip_low clip_high loss scale_rewards"
     keeper.also_same |= {name: getattr(args, name) for name in same.split()}
     progress = keeper.restore_or_start(data.data_key)

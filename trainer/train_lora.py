@@ -161,8 +161,8 @@ def main() -> None:
         with log.pause():
             settings = summed_nll, run, args.batch_size, args.val_rows, bytes_of
             result = utils.validate(raw_model, held_out, *settings)
-            if result and mix_held_out:
-                result["val_mix_loss"] = utils.validate(raw_model, mix_held_out, *settings)["val_loss"]
+            if mix_held_out and (mixed := utils.validate(raw_model, mix_held_out, *settings)):
+                result = {**(result or {}), "val_mix_loss": mixed["val_loss"]}
             log.validation(progress, result)
 
     # 7. Epochs

@@ -6,7 +6,7 @@
     ρ_t = π(token_t) / π_old(token_t),     R_t = A_t + V_old(t)
 
 V(t) is read off the hidden state from which token t is drawn, by a small network beside the head, with a learning rate
-of its own; policy and value share the rest of the model. A is brought to mean 0 and variance 1 over the answers of an
+of its own; policy and value share the rest of the model. A is brought to mean 0 and variance 1 over the tokens of an
 update. N counts the answer tokens of *all* micro-batches and ranks; no token of a prompt is scored. π_ref is the model
 before this training, frozen. Schulman et al. 2017, arXiv:1707.06347; (2) GAE, arXiv:1506.02438; (1) Ziegler et al.
 2019, arXiv:1909.08593.
@@ -40,7 +40,7 @@ from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import number, run_script
 from trainer.optimizer import add_group, make_optimizer, step_if
-from trainer.rewards import parse_rewards
+from trainer.rewards import check_rewards, parse_rewards
 from trainer.rollout import (
     Roller,
     forget_samples,
@@ -113,12 +113,13 @@ def judge(micros, held, answers, rewards, raw_model, reference, run, args) -> No
         advantages = advantages_of(padded_rewards, padded_values, real, args.gamma, args.gae_lambda)
         micro["advantages"], micro["returns"] = advantages[real], (advantages + padded_values)[real]
     real = torch.cat([micro["targets"] >= 0 for micro in micros])
-    every = torch.cat([micro["advantages"] for micro in micros])[real].double()
-    count, total, squares = run.sum_ranks(torch.stack([real.sum().double(), every.sum(), (every**2).sum()]))
-    mean = total / count.clamp(min=1)
-    deviation = (squares / count.clamp(min=1) - mean**2).clamp(min=1e-8).sqrt()
+    every = torch.cat([micro["advantages"] for micro in micros])[real].cpu().double()
+    count = torch.tensor(every.numel(), dtype=torch.float64)
+    count, total, squares = run.sum_ranks(torch.stack([count, every.sum(), (every**2).sum()])).tolist()
+    mean = total / max(count, 1)
+    deviation = max(squares / max(count, 1) - mean**2, 1e-8) ** 0.5
     for micro in micros:
-        micro["advantages"] = ((micro["advantages"] - mean) / deviation).float()
+        micro["advantages"] = (micro["advantages"] - mean) / deviation
 
 
 def train_epoch(
@@ -151,6 +152,7 @@ def train_epoch(
         counts = torch.tensor([drawn, read, rows, stop.signal is not None])
         tokens, read, rows, stopping = run.sum_ranks(counts).tolist()
 
+        all_finite = torch.ones((), dtype=torch.bool, device=run.device)
         for _ in range(args.inner_updates):
             losses, balance, kls, clips, entropies, value_losses = torch.zeros(6, device=run.device)
             for i, micro in enumerate(micros):
@@ -185,9 +187,10 @@ def train_epoch(
                 step_if(finite, optimizer)
             optimizer.zero_grad(set_to_none=True)
             # [end: optimizer-step]
-            progress.count_skip(finite, run.skips_allowed)
+            all_finite = all_finite & finite
 
         progress.advance(questions, read)
+        progress.count_skip(all_finite, run.skips_allowed)
         figures = {"kl": kls, "clip": clips, "entropy": entropies, "value_loss": value_losses}
         figures = {name: torch.where(finite, total, 0.0) for name, total in figures.items()}
         log.count(torch.where(finite, losses, 0.0), finite * tokens, read, 0.0, **figures)
@@ -242,6 +245,7 @@ def main() -> None:
     # 4. Data: questions, and who answers them
     args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "rl", run))
     data, held_out = load_prompts(args, tokenizer, run)
+    check_rewards(rewards, (part[i]["record"] for part in (data, held_out) for i in range(len(part))))
     utils.plan_updates(args, len(data), run)
     roller = Roller(raw_model, tokenizer, run, args.rollout_slots, args.max_seq_len, args.max_new_tokens)
 
@@ -251,7 +255,7 @@ def main() -> None:
     factor = args.critic_learning_rate / args.learning_rate if args.learning_rate else 0.0
     add_group(optimizer, raw_model.value_head.parameters(), lr_factor=factor)
     keeper = checkpoint.ActorKeeper(run, STAGE, args, raw_model, optimizer)
-    keeper.also_same = {"reference weights": checkpoint.sha256_of_weights(Path(args.from_weight))}
+    keeper.depends_on("reference", Path(args.from_weight))
     same = "rewards num_generations max_new_tokens temperature inner_updates beta clip_low clip_high"
     same += " critic_learning_rate value_coef gamma gae_lambda"
     keeper.also_same |= {name: getattr(args, name) for name in same.split()}

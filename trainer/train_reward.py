@@ -168,7 +168,7 @@ def main() -> None:
 
     # 3. Model: a trained backbone and one new row of weights, which begins at 0: every score is the same
     tokenizer = checkpoint.start_tokenizer(args)
-    raw_model = checkpoint.start_model(args, tokenizer, run)
+    raw_model = checkpoint.start_model(args, tokenizer, run, keep_score=True)
     if not hasattr(raw_model, "score"):
         raw_model.score = nn.Linear(raw_model.config.hidden_size, 1, bias=False, device=run.device)
         nn.init.zeros_(raw_model.score.weight)
