@@ -1,7 +1,7 @@
 """What each stage after SFT teaches, in figures on questions that no stage trains on: `python scripts/show_stages.py`.
 
 Starts from the SFT weights of the quick start and repeats each stage on the demo data with fixed seeds: LoRA (a name,
-a price list), DPO, distillation, reasoning, GRPO and PPO. Before and after each, the test questions are asked; the table
+a price list), DPO, distillation, reasoning, GRPO and PPO. Before and after each, the test questions are asked; table
 and a JSON are kept in out/stages, with one picture per stage. What is finished is not run again.
 
     python scripts/quick_start.py && python scripts/show_stages.py

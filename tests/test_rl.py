@@ -270,7 +270,7 @@ def test_bad_input_ends_in_one_line(rl_flags, tmp_path, monkeypatch):
         assert result.status == 2 and words_wanted in result.err and result.err.count("\n") == 1, result.err
 
     refused("there is no reward 'speed'", rewards="speed")
-    refused("nothing to train on", max_new_tokens=64)
+    refused("leaves no room for a prompt", max_new_tokens=64)
     refused("this stage needs a trained model", from_weight="none")
     nameless = write_records(
         tmp_path / "open.jsonl", [{"conversations": [{"role": "user", "content": f"{i}?"}]} for i in range(9)]

