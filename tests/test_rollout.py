@@ -21,7 +21,7 @@ from test_trainers import torchrun, tree, words, write_records
 from dataset.lm_dataset import IGNORE
 from dataset.stage_datasets import PromptDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_tokenizer, save_weights
+from model.weights import load_model, load_tokenizer, save_weights
 from trainer import run_log
 from trainer import trainer_utils as utils
 from trainer.rewards import Reward, parse_rewards
@@ -123,6 +123,7 @@ class Insight:
     def __init__(self, patch: pytest.MonkeyPatch, script: ModuleType, at: dict | None = None):
         """at: number of an update → function called right after it, before it is logged or saved."""
         self.answers, self.parts, self.weights, self.gradients, self.rates = [], [], [], [], []
+        self.micros = []  # per update
         self.frozen = []  # modules without a gradient that log-probabilities were asked of
         outputs = "answer_logps" if hasattr(script, "answer_logps") else "answer_outputs"
         make_optimizer, rate, pack, step_if, ask = (
@@ -141,7 +142,9 @@ class Insight:
         def packed(answers, *args):  # in training alone, a validation packs nothing
             self.answers.append(answers)
             self.parts.append(parts[-1])
-            return pack(answers, *args)
+            micros, held = pack(answers, *args)
+            self.micros.append(micros)
+            return micros, held
 
         def stepped(finite, optimizer):
             named = dict(self.model.named_parameters())
@@ -168,6 +171,19 @@ class Insight:
     @property
     def texts(self) -> list[list[str]]:
         return [[answer.text for answer in answers] for answers in self.answers]
+
+
+def assert_balance_is_all_that_is_left(insight: Insight, moe: Path) -> None:
+    """The first gradient is that of the balance loss: its mean over all rows of the update, taken in one batch."""
+    model = load_model(moe).train()
+    names = ("input_ids", "position_ids", "documents")
+    rows = {name: torch.cat([micro[name] for micro in insight.micros[0]]) for name in names}
+    real = rows["documents"][:, 0] >= 0
+    assert len(insight.micros[0]) > 2 and not real.all()  # the last micro-batch holds fewer rows
+    model(**{name: tensor[real] for name, tensor in rows.items()}, need_logits=False).aux_loss.backward()
+    gate = dict(model.named_parameters())["model.layers.0.mlp.gate.weight"].grad
+    found = insight.gradients[0]["model.layers.0.mlp.gate.weight"]
+    torch.testing.assert_close(found, gate, rtol=1e-3, atol=1e-3 * float(gate.abs().max()))
 
 
 def samples(out_dir: Path, stage: str, size: str = "32") -> list[dict]:
@@ -203,7 +219,7 @@ for name, out_dir, arguments in json.loads(sys.argv[1]):
     script, drawn, models = importlib.import_module("trainer." + name), [], []
     make, pack = script.make_optimizer, script.pack_answers
     script.make_optimizer = lambda model, *args: models.append(model) or make(model, *args)
-    script.pack_answers = lambda answers, *args: drawn.append([a.tokens for a in answers]) or pack(answers, *args)
+    script.pack_answers = lambda answers, *args: drawn.append([vars(a) for a in answers]) or pack(answers, *args)
     sys.argv = [name, *arguments]
     script.main()
     script.make_optimizer, script.pack_answers = make, pack
@@ -240,6 +256,26 @@ def two_ranks(folder: Path) -> Path:
     result = torchrun(path, [json.dumps(runs)])
     assert result.status == 0, result.err
     return folder
+
+
+def replay(patch: pytest.MonkeyPatch, drawn: list[list[dict]]) -> list[bool]:
+    """Lets a run take these answers, update by update, for its own. Returns whether its own were the same ones.
+
+    Where the weights agree to the last bits but one, now and then a draw falls between two tokens.
+    """
+    own_call, same = Roller.__call__, []
+
+    def called(roller, data, numbers, each, temperature, step):
+        own = own_call(roller, data, numbers, each, temperature, step)
+        if temperature == 0:  # a validation
+            return own
+        answers = [Answer(**facts) for facts in drawn[step]]
+        assert [(answer.question, answer.prompt) for answer in answers] == [(a.question, a.prompt) for a in own]
+        same.extend(a.tokens == b.tokens for a, b in zip(answers, own, strict=True))
+        return answers
+
+    patch.setattr(Roller, "__call__", called)
+    return same
 
 
 # ------------------------------------------------------------------------------------------------------ drawing answers

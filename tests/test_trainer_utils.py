@@ -434,6 +434,9 @@ class Rows(list):
     """A dataset of ready-made rows."""
 
     collate = staticmethod(PackedDataset.collate)
+    count_terms = staticmethod(PackedDataset.count_terms)
+    describe = PackedDataset.describe
+    stats = {"fill": 0.5}  # noqa: RUF012
 
 
 def packed_rows(n: int, width: int = 12) -> Rows:
@@ -553,7 +556,6 @@ def test_a_log_line_adds_up_what_happened_since_the_last_one(tmp_path, monkeypat
     run.is_main, run.dtype = True, torch.float32
     run.sum_ranks = lambda value: value * 2  # the other rank has the same
     data = packed_rows(3)
-    data = type("Rows", (list,), {"stats": {"fill": 0.5}})(data)
     progress = Progress(step=4, epoch=1, tokens=900)
     keeper = SimpleNamespace(folder=tmp_path, progress=Progress(), wandb_id=None)
     log = run_log.RunLog(run, "pretrain", keeper, args, model, data)
