@@ -95,7 +95,7 @@ def test_equal_rewards_of_any_size_teach_nothing(flags, tmp_path, monkeypatch):
     """Thirds of a thousand are no sums of powers of two: their mean is not quite their own value in float32."""
     monkeypatch.setitem(reward_rules.RULES, "length", lambda reply, record: 1000 / 3)
     insight = Insight(monkeypatch, train_grpo)
-    assert train(train_grpo, flags(num_generations=6, max_steps=1, beta=0)).status == 0
+    assert train(train_grpo, flags(num_generations=10, max_steps=1, beta=0)).status == 0
     assert max(float(gradient.abs().max()) for gradient in insight.gradients[0].values()) < 1e-7
     assert curve(metrics(tmp_path / "out", STAGE), "reward") == pytest.approx([1000 / 3])
 
@@ -208,8 +208,12 @@ def test_a_run_learns_and_tells(whole, material):
         expected = [min(0.0, 1 - 2 * n / LONGEST) if alone else -1.0 for n, alone in zip(lengths, ended, strict=True)]
         assert line["reward"] == line["length"] == pytest.approx(sum(expected) / len(expected))
         assert parts["reward"] == expected and 0 < line["entropy"] < math.log(6400)
-        assert line["lr"] == utils.cosine_lr(line["step"] - 1, 16, 1, 5e-4)
+        step = line["step"] - 1
+        assert {line["lr"], *whole.insight.rates[step]} == {utils.cosine_lr(step, 16, 1, 5e-4)}
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in whole.insight.gradients[step].values()))
+        assert norm == pytest.approx(min(1.0, line["grad_norm"]), rel=1e-3)  # logged before clipping
         assert line["drawn_per_second"] > 0 and line["trained_per_second"] > 0
+    assert max(curve(lines, "grad_norm")) > 1.2
     kls = curve(lines, "kl")
     assert abs(kls[0]) < 1e-6 and kls[1] > 1e-3 and sum(kls[-3:]) > 10 * kls[1]
     assert all(clip < 0.01 for clip in curve(lines, "clip"))  # one step on fresh answers: every ratio is 1

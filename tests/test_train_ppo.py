@@ -275,6 +275,10 @@ def test_a_run_learns_and_tells(whole, material):
     for line, answers, parts in zip(lines, whole.insight.answers, whole.insight.parts, strict=True):
         assert line["reward"] == pytest.approx(sum(parts["reward"]) / len(answers))
         assert 0 < line["entropy"] < math.log(6400) and line["clip"] < 0.01
+        gradients = whole.insight.gradients[line["step"] - 1].values()
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        assert norm == pytest.approx(min(1.0, line["grad_norm"]), rel=1e-3)  # logged before clipping
+    assert max(curve(lines, "grad_norm")) > 1.2
     held_out = [record for record in records if "val_reward" in record]
     assert curve(held_out, "step") == [0, 4, 8, 12, 16]
     assert held_out[0]["val_reward"] < -0.7 < -0.3 < held_out[-1]["val_reward"]

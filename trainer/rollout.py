@@ -27,7 +27,7 @@ from dataset.stage_datasets import PromptDataset
 from model.generation import Decoder, Sampling, stop_ids
 from model.weights import atomic_open
 from trainer.command_line import UserError
-from trainer.rewards import RULES, Reward, score
+from trainer.rewards import Reward, score
 from trainer.trainer_utils import Run, load_splits
 
 
@@ -42,9 +42,6 @@ def load_prompts(args: argparse.Namespace, tokenizer, run: Run) -> tuple[PromptD
     )
     if len(data) == 0 and data.stats["dropped"]:
         raise UserError(f"{args.data_path}: nothing to train on. {lengths} leaves no prompt enough room: {cure}.")
-    if any(word.partition(":")[0] == "answer" for word in args.rewards):
-        for prompt in (*data.prompts, *held_out.prompts):  # now, and not when the one without an answer is drawn
-            RULES["answer"]("", prompt["record"])
     return data, held_out
 
 
