@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dataset.make_demo_data import generate, is_right
+from model.weights import WeightsError
 from trainer import rewards
 from trainer.command_line import UserError
-from trainer.rewards import Reward, parse_rewards, score
+from trainer.rewards import Reward, check_rewards, parse_rewards, score
 
 TAGGED = "<think>\n15 + 62 = 77.\n</think>\n<answer>\n77\n</answer>"
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\n", " ", "46", "-", "1,000", ".", "答案是", "no", "负"]
@@ -382,3 +383,15 @@ def test_the_same_replies_get_the_same_numbers_in_any_order():
     assert score(chosen, [replies[i] for i in order], [records[i] for i in order])["reward"] == [
         whole[i] for i in order
     ]
+
+
+def test_rewards_are_checked_before_a_run():
+    records = [{"question": "a?", "answer": "1"}, {"question": "b?", "answer": None}]
+    with pytest.raises(UserError, match="b\\?"):
+        check_rewards(parse_rewards(["answer"]), records)
+    check_rewards(parse_rewards(["length"]), records)  # needs no answers
+    with pytest.raises(WeightsError, match="nowhere.pth does not exist"):
+        check_rewards(parse_rewards(["model:nowhere.pth"]), records)
+    loaded = []
+    check_rewards(parse_rewards(["model:a.pth"], load_model=lambda path, device: loaded.append(path) or len), records)
+    assert loaded == ["a.pth"]

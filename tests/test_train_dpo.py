@@ -599,3 +599,15 @@ def test_an_update_left_out_leaves_the_figures_alone(flags, tmp_path, monkeypatc
     assert 0.9 < lines[-1]["accuracy"] <= 1 and 0 < lines[-1]["loss"] < 0.2
     assert lines[-1]["margin"] == pytest.approx(lines[-1]["chosen_reward"] - lines[-1]["rejected_reward"], abs=1e-4)
     assert lines[-1]["margin"] < 2 * lines[-2]["margin"]
+
+
+def test_a_run_does_not_write_over_its_own_reference(flags, material, tmp_path):
+    """A second round in the same folder: once its first weights were saved, it could never be resumed."""
+    for suffix in (".pth", ".json"):
+        shutil.copy(material.folder / f"full_sft_32{suffix}", tmp_path / f"rlhf_32{suffix}")
+    before = tree(tmp_path)
+    result = train(train_dpo, flags(from_weight="rlhf"))
+    assert result.status == 2 and "this run would write over" in result.err and result.err.count("\n") == 1, result.err
+    assert tree(tmp_path) == before
+    result = train(train_dpo, flags(out_dir=tmp_path / "second", from_weight=tmp_path / "rlhf_32.pth", max_steps=2))
+    assert result.status == 0, result.err

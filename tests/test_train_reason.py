@@ -398,3 +398,9 @@ def test_a_bad_record_is_named_and_destroys_nothing(where, plain_run, flags, mat
     assert tree(out_dir) == before
     more = {key: path, "skip_bad_records": True, "max_steps": 1, "val_interval": 0, "val_ratio": 0.2}
     assert train(train_distill_reason, flags(tmp_path / "new", **more)).status == 0
+
+
+def test_a_tokenizer_without_the_tags_is_refused(flags, monkeypatch):
+    monkeypatch.setattr(train_distill_reason, "TAGS", ("<think>", "<other>"))
+    result = train(train_distill_reason, flags())
+    assert result.status == 2 and "the tokenizer has no <think>, <other>" in result.err and result.err.count("\n") == 1

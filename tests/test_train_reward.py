@@ -45,7 +45,8 @@ from torch import nn
 
 from dataset.record_formats import parse_conversation
 from model.weights import WeightsError, load_model, load_tokenizer, save_weights
-from trainer import reward_model, train_reward
+from trainer import reward_model, train_dpo, train_reward
+from trainer.optimizer import make_optimizer
 from trainer.reward_model import load_reward_model
 
 # ruff: noqa: F811 (fixtures as arguments)
@@ -297,3 +298,17 @@ def test_a_folder_that_is_no_reward_model_is_refused_in_one_line(classifier, tmp
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(tmp_path)
     assert "is no reward model" in refusal(tmp_path)
+
+
+def test_other_stages_start_without_the_score_head(scoring, flags, tmp_path):
+    result = train(train_dpo, flags(from_weight=scoring.dense, max_steps=2))
+    assert result.status == 0, result.err
+    assert "score.weight" not in torch.load(tmp_path / "rlhf_32.pth", weights_only=True)
+
+
+def test_the_score_head_is_no_matter_for_muon():
+    """Orthogonalised, its one row would move by a constant length whatever the gradient."""
+    model = with_score(tiny_model())
+    muon, adamw = make_optimizer(model, 0.1, torch.device("cpu")).parts
+    listed = [{id(p) for group in part.param_groups for p in group["params"]} for part in (muon, adamw)]
+    assert id(model.score.weight) not in listed[0] and id(model.score.weight) in listed[1]

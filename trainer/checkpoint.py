@@ -415,7 +415,8 @@ class LoraKeeper(Keeper):
         self.weights = weight_path(Path(args.out_dir) / "lora", args.lora_name, model.config)
         self.config = config
         adapter = asdict(config) | {"target_modules": list(config.target_modules)}  # as JSON gives it back
-        self.also_same = {"base weights": sha256_of_weights(Path(args.from_weight)), **adapter}
+        self.depends_on("base", Path(args.from_weight))
+        self.also_same |= adapter
 
     def model_state(self) -> dict[str, Tensor]:
         return lora_state_dict(self.model)

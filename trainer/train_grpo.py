@@ -203,7 +203,6 @@ def main() -> None:
     grpo.add_argument("--loss", choices=["clip", "cispo"], default="clip", help="how the ratio is bounded")
     grpo.add_argument("--scale_rewards", choices=["std", "none"], default="std", help="division in equation (1)")
     args = checkpoint.parse_flags(parser, STAGE)
-
     if args.num_generations < 2:
         raise UserError("--num_generations 1: GRPO compares the answers to a question; give 2 or more.")
 
@@ -236,7 +235,6 @@ def main() -> None:
     model, _ = utils.compile_and_wrap(raw_model, None, run, args)
     batch = f"{args.batch_size * args.accumulation_steps} questions × {args.num_generations} answers"
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per answer", curve="reward", batch=batch)
-
     if run.is_main:
         forget_samples(keeper.folder, progress.step)
 
