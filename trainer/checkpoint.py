@@ -34,6 +34,7 @@ from model.weights import (
     save_weights,
     weight_path,
 )
+from trainer import zero
 from trainer.command_line import UserError, check_writable
 from trainer.trainer_utils import Run
 
@@ -160,8 +161,9 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
         kept = {name: value for name, value in newest[1]["args"].items() if name not in ("resume", "out_dir", "device")}
         parser.set_defaults(**kept)
         args = parser.parse_args(argv)
+    zero.settle(args)
     # Whole paths: the run may be resumed from another folder.
-    for name in ("data_path", "mix_path", "cache_dir", "from_weight", "teacher"):
+    for name in ("data_path", "mix_path", "cache_dir", "from_weight", "teacher", "deepspeed"):
         value = getattr(args, name, None)
         is_stage = name in ("from_weight", "teacher") and value in STAGES
         if value and not is_stage and (name in ("data_path", "mix_path", "cache_dir") or Path(value).is_file()):
@@ -358,11 +360,12 @@ class Keeper:
     def save(self) -> None:
         """Weights and full state of this moment.  Raises: OSError, with what was saved before still whole."""
         self.progress.read_skip()
+        model, optimizer = self.run.engine.collect() if self.run.zero_stage else (self.model, None)
         if not self.run.is_main:
             return
         state = {
-            "model": self.model_state(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.model_state(model),
+            "optimizer": optimizer or self.optimizer.state_dict(),
             "scaler": self.run.scaler.state_dict(),
         }
         facts = {
@@ -376,27 +379,27 @@ class Keeper:
         try:
             # Weights first: once a state says that the run is finished, its weights are there.
             about = {"stage": self.stage, "step": self.progress.step, "tokenizer": self.args.tokenizer}
-            self.save_weights(about)
+            self.save_weights(model, about)
             save_state(self.folder, state, facts, self.progress.step)
         except RuntimeError as error:  # torch reports a full disk from its archive writer
             message = f"could not save to {self.folder} ({error}). Is the disk full? Older states are whole."
             raise OSError(message) from error
 
-    def model_state(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+    def model_state(self, model: nn.Module) -> dict[str, Tensor]:
+        return model.state_dict()
 
     def load_model_state(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state, strict=True)
 
-    def save_weights(self, about: dict) -> None:
-        save_weights(self.model, self.weights, about)
+    def save_weights(self, model: nn.Module, about: dict) -> None:
+        save_weights(model, self.weights, about)
 
 
 class ActorKeeper(Keeper):
     """Keeps policy and value head for `--resume`; the weights for users are the policy alone."""
 
-    def save_weights(self, about: dict) -> None:
-        save_weights(self.model, self.weights, about, leave_out="value_head.")
+    def save_weights(self, model: nn.Module, about: dict) -> None:
+        save_weights(model, self.weights, about, leave_out="value_head.")
 
 
 class LoraKeeper(Keeper):
@@ -418,12 +421,12 @@ class LoraKeeper(Keeper):
         self.depends_on("base", Path(args.from_weight))
         self.also_same |= adapter
 
-    def model_state(self) -> dict[str, Tensor]:
-        return lora_state_dict(self.model)
+    def model_state(self, model: nn.Module) -> dict[str, Tensor]:
+        return lora_state_dict(model)
 
     def load_model_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in lora_state_dict(self.model).items():
             tensor.copy_(state[name])
 
-    def save_weights(self, about: dict) -> None:
-        save_lora(self.model, self.weights, self.config, extra=about)
+    def save_weights(self, model: nn.Module, about: dict) -> None:
+        save_lora(model, self.weights, self.config, extra=about)

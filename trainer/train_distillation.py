@@ -175,26 +175,29 @@ def train_epoch(model, raw_model, distillation, optimizer, updates, run, args, k
             with run.sync_only_if(model, last=i == len(micros) - 1), run.autocast():
                 inputs = {name: micro[name] for name in ("input_ids", "position_ids", "documents")}
                 out = model(**inputs, need_logits=False)
-                micro_loss = distillation(out.hidden_states, raw_model.lm_head.weight, micro)
+                micro_loss = distillation(out.hidden_states, utils.head_weight(raw_model), micro)
                 # The balance loss is a mean over rows; padding that fills up the last update of an epoch is none.
                 micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                 # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
                 loss = (micro_loss / max(trained, 1) + micro_balance) * run.world_size
-                run.scaler.scale(loss).backward()
+                run.backward(loss)
             losses += micro_loss.detach()
             balance += micro_balance.detach()
             log.count_experts(out.expert_load)
 
         # [shared: optimizer-step] clip → non-finite guard → step → zero
-        run.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-        finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
-        if run.scaler.is_enabled():
-            run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
-            run.scaler.update()
+        if run.zero_stage:  # DeepSpeed does the four by itself
+            grad_norm, finite = run.engine.step()
         else:
-            step_if(finite, optimizer)
-        optimizer.zero_grad(set_to_none=True)
+            run.scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+            finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
+            if run.scaler.is_enabled():
+                run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
+                run.scaler.update()
+            else:
+                step_if(finite, optimizer)
+            optimizer.zero_grad(set_to_none=True)
         # [end: optimizer-step]
 
         progress.advance(rows, tokens)
@@ -262,7 +265,7 @@ def main() -> None:
     progress = keeper.restore_or_start(data.data_key)
 
     # 6. Compile and wrap
-    model, _ = utils.compile_and_wrap(raw_model, None, run, args)
+    model, _ = utils.compile_and_wrap(raw_model, optimizer, None, run, args)
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data)
     bytes_of = token_bytes(tokenizer)
 

@@ -71,7 +71,7 @@ def answer_logps(model, run, micro: dict[str, Tensor], temperature: float) -> tu
     with run.autocast():
         out = model(**inputs, need_logits=False)
         hidden = out.hidden_states.flatten(0, 1)[micro["head_positions"]]
-        head = getattr(model, "module", model).lm_head.weight
+        head = utils.head_weight(getattr(model, "module", model))
         return *token_logps(hidden, head, micro["targets"], temperature), out
 
 
@@ -92,7 +92,8 @@ def train_epoch(
         # Draw G answers to each question of this rank, rate them, compare them within their group.
         started = time.perf_counter()
         mine = [number for numbers in micro_questions for number in numbers if number >= 0]
-        answers = roller(data, mine, args.num_generations, args.temperature, progress.step)
+        with run.whole():
+            answers = roller(data, mine, args.num_generations, args.temperature, progress.step)
         drawn = sum(len(answer.tokens) for answer in answers)
         drawing = time.perf_counter() - started
         parts = rewarded(rewards, answers)
@@ -132,7 +133,7 @@ def train_epoch(
                     micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                     # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
                     loss = (micro_loss / max(tokens, 1) + micro_balance) * run.world_size
-                    run.scaler.scale(loss).backward()
+                    run.backward(loss)
                 losses += micro_loss.detach()
                 balance += micro_balance.detach()
                 clips += (clipped & real).sum()
@@ -140,15 +141,18 @@ def train_epoch(
                 log.count_experts(out.expert_load)
 
             # [shared: optimizer-step] clip → non-finite guard → step → zero
-            run.scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-            finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
-            if run.scaler.is_enabled():
-                run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
-                run.scaler.update()
+            if run.zero_stage:  # DeepSpeed does the four by itself
+                grad_norm, finite = run.engine.step()
             else:
-                step_if(finite, optimizer)
-            optimizer.zero_grad(set_to_none=True)
+                run.scaler.unscale_(optimizer)
+                grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+                finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
+                if run.scaler.is_enabled():
+                    run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
+                    run.scaler.update()
+                else:
+                    step_if(finite, optimizer)
+                optimizer.zero_grad(set_to_none=True)
             # [end: optimizer-step]
             all_finite = all_finite & finite
 
@@ -181,7 +185,8 @@ def validate(roller, rewards, data, run, args) -> dict[str, float] | None:
     count = min(len(data), args.val_rows)
     if count == 0:
         return None
-    answers = roller(data, range(run.rank, count, run.world_size), 1, 0.0, 0)
+    with run.whole():
+        answers = roller(data, range(run.rank, count, run.world_size), 1, 0.0, 0)
     parts = rewarded(rewards, answers)
     totals = run.sum_ranks(torch.tensor([sum(values) for values in parts.values()], dtype=torch.float64))
     means = {f"val_{name}": total / count for name, total in zip(parts, totals.tolist(), strict=True)}
@@ -232,7 +237,7 @@ def main() -> None:
     progress = keeper.restore_or_start(data.data_key)
 
     # 6. Compile and wrap
-    model, _ = utils.compile_and_wrap(raw_model, None, run, args)
+    model, _ = utils.compile_and_wrap(raw_model, optimizer, None, run, args)
     batch = f"{args.batch_size * args.accumulation_steps} questions × {args.num_generations} answers"
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per answer", curve="reward", batch=batch)
     if run.is_main:

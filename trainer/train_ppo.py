@@ -89,7 +89,7 @@ def answer_outputs(model, raw_model, run, micro: dict[str, Tensor], temperature:
     with run.autocast():
         out = model(**inputs, need_logits=False)
         hidden = out.hidden_states.flatten(0, 1)[micro["head_positions"]]
-        logps, entropy = token_logps(hidden, raw_model.lm_head.weight, micro["targets"], temperature)
+        logps, entropy = token_logps(hidden, utils.head_weight(raw_model), micro["targets"], temperature)
         values = raw_model.value_head(hidden)[:, 0].float() if hasattr(raw_model, "value_head") else None
     return logps, entropy, values, out
 
@@ -139,7 +139,8 @@ def train_epoch(
         # Draw answers to the questions of this rank, rate them, and judge each token by what was expected.
         started = time.perf_counter()
         mine = [number for numbers in micro_questions for number in numbers if number >= 0]
-        answers = roller(data, mine, args.num_generations, args.temperature, progress.step)
+        with run.whole():
+            answers = roller(data, mine, args.num_generations, args.temperature, progress.step)
         drawn = sum(len(answer.tokens) for answer in answers)
         drawing = time.perf_counter() - started
         parts = rewarded(rewards, answers)
@@ -167,7 +168,7 @@ def train_epoch(
                     micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                     # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
                     loss = (micro_loss / max(tokens, 1) + micro_balance) * run.world_size
-                    run.scaler.scale(loss).backward()
+                    run.backward(loss)
                 losses += micro_loss.detach()
                 balance += micro_balance.detach()
                 value_losses += (value_loss.detach() * real).sum()
@@ -177,15 +178,18 @@ def train_epoch(
                 log.count_experts(out.expert_load)
 
             # [shared: optimizer-step] clip → non-finite guard → step → zero
-            run.scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-            finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
-            if run.scaler.is_enabled():
-                run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
-                run.scaler.update()
+            if run.zero_stage:  # DeepSpeed does the four by itself
+                grad_norm, finite = run.engine.step()
             else:
-                step_if(finite, optimizer)
-            optimizer.zero_grad(set_to_none=True)
+                run.scaler.unscale_(optimizer)
+                grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+                finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
+                if run.scaler.is_enabled():
+                    run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
+                    run.scaler.update()
+                else:
+                    step_if(finite, optimizer)
+                optimizer.zero_grad(set_to_none=True)
             # [end: optimizer-step]
             all_finite = all_finite & finite
 
@@ -262,7 +266,7 @@ def main() -> None:
     progress = keeper.restore_or_start(data.data_key)
 
     # 6. Compile and wrap
-    model, _ = utils.compile_and_wrap(raw_model, None, run, args)
+    model, _ = utils.compile_and_wrap(raw_model, optimizer, None, run, args)
     batch = f"{args.batch_size * args.accumulation_steps} questions × {args.num_generations} answers"
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per answer", curve="reward", batch=batch)
 

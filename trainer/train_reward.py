@@ -88,7 +88,7 @@ def train_epoch(model, raw_model, optimizer, updates, run, args, keeper, log, st
                 micro_balance = out.aux_loss * (micro["documents"][:, 0] >= 0).sum() / rows
                 # DDP averages gradients over ranks, the sum is wanted: hence × world_size.
                 loss = (micro_loss / max(pairs, 1) + micro_balance) * run.world_size
-                run.scaler.scale(loss).backward()
+                run.backward(loss)
             losses += micro_loss.detach()
             balance += micro_balance.detach()
             for name, value in pair_figures(scores.detach(), micro["pairs"]).items():
@@ -96,15 +96,18 @@ def train_epoch(model, raw_model, optimizer, updates, run, args, keeper, log, st
             log.count_experts(out.expert_load)
 
         # [shared: optimizer-step] clip → non-finite guard → step → zero
-        run.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-        finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
-        if run.scaler.is_enabled():
-            run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
-            run.scaler.update()
+        if run.zero_stage:  # DeepSpeed does the four by itself
+            grad_norm, finite = run.engine.step()
         else:
-            step_if(finite, optimizer)
-        optimizer.zero_grad(set_to_none=True)
+            run.scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+            finite = torch.isfinite(grad_norm)  # stays on the device, which the host does not wait for
+            if run.scaler.is_enabled():
+                run.scaler.step(optimizer)  # leaves it out itself, and lowers its scale
+                run.scaler.update()
+            else:
+                step_if(finite, optimizer)
+            optimizer.zero_grad(set_to_none=True)
         # [end: optimizer-step]
 
         progress.advance(rows, tokens)
@@ -184,7 +187,7 @@ def main() -> None:
     progress = keeper.restore_or_start(data.data_key)
 
     # 6. Compile and wrap
-    model, _ = utils.compile_and_wrap(raw_model, None, run, args)
+    model, _ = utils.compile_and_wrap(raw_model, optimizer, None, run, args)
     log = run_log.RunLog(run, STAGE, keeper, args, raw_model, data, unit="per pair")
 
     def check() -> None:

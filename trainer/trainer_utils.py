@@ -27,10 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.stage_datasets import MixedDataset
 from model.model_minimind import MOEFeedForward, grouped_mm_works
+from trainer import zero
 from trainer.chunked_nll import compiled_piece
 from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
@@ -87,6 +89,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     output.add_argument("--resume", action=BoolFlag, default=False, help="go on where the last run stopped")
     output.add_argument("--use_wandb", action=BoolFlag, default=False, help="log to wandb too (offline: WANDB_MODE)")
     output.add_argument("--wandb_project", default="MiniMind", help="name of the wandb project")
+    zero.add_flags(parser)
     parser.set_defaults(**defaults)
 
 
@@ -126,6 +129,7 @@ class Run:
         # float16 starts with a scale that overflows a few times until it fits
         self.skips_allowed = 25 if self.dtype == torch.float16 else 5
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.engine: zero.ZeroEngine | None = None  # with --deepspeed, once the model is wrapped
         self.seed_step(0)
 
     @property
@@ -158,6 +162,11 @@ class Run:
         if self.world_size > 1 and self.is_main:
             dist.barrier()
 
+    @property
+    def zero_stage(self) -> int:
+        """From 1 on DeepSpeed holds the optimiser, and steps itself."""
+        return self.engine.stage if self.engine else 0
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module whose forward gets a gradient: DDP averages the gradients over the ranks."""
         if self.world_size == 1:
@@ -166,14 +175,31 @@ class Run:
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def sync_only_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """DDP exchanges gradients only in the last micro-batch of an update."""
+        """Ranks exchange gradients only in the last micro-batch of an update."""
+        if self.engine:
+            self.engine.engine.set_gradient_accumulation_boundary(last)
+            return contextlib.nullcontext()
         return contextlib.nullcontext() if last or self.world_size == 1 else model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of the loss, scaled where float16 needs it."""
+        loss = self.scaler.scale(loss)
+        if self.engine:
+            self.engine.engine.backward(loss, scale_wrt_gas=False)
+        else:
+            loss.backward()
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """Within it the weights are in one piece on every rank, which ZeRO 3 does not leave them in."""
+        return self.engine.whole() if self.engine else contextlib.nullcontext()
 
     def close(self, status: int = 0) -> None:
         """The end of a run: all ranks leave together."""
         if self.world_size > 1:
             dist.barrier()
-        if status or self.world_size > 1:
+        if self.engine:
+            self.engine.engine.destroy()
+        if status or dist.is_initialized():
             leave(status)
 
 
@@ -234,7 +260,7 @@ def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> boo
 
 
 def compile_and_wrap(
-    raw_model: nn.Module, nll: Callable | None, run: Run, args: argparse.Namespace
+    raw_model: nn.Module, optimizer: Optimizer, nll: Callable | None, run: Run, args: argparse.Namespace
 ) -> tuple[nn.Module, Callable[..., Tensor] | None]:
     """The module to train through, and the loss function, compiled where it pays and wrapped for several ranks.
 
@@ -246,13 +272,29 @@ def compile_and_wrap(
         if isinstance(module, MOEFeedForward):  # settled here: the compiler cannot follow questions about the device
             module.grouped = grouped_mm_works(run.device, run.dtype, module.experts[0].gate_proj.weight)
             looping = not module.grouped
+    if args.compile is None and args.deepspeed:
+        args.compile = False
     if args.compile is None:
         tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         args.compile = compile_pays(run, tokens, looping)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
     if args.compile and nll is not None:
         nll = functools.partial(nll, piece=compiled_piece())
+    if args.deepspeed:
+        run.engine = zero.ZeroEngine(model, raw_model, optimizer, run, args)
+        return run.engine.engine, nll
     return run.wrap(model), nll
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """The weight (V, D) of the unwrapped model's head, for losses that take hidden states through it in pieces.
+
+    ZeRO 3 leaves each rank a part of it, and gathers a weight only for the forward pass of its own layer.
+    """
+    weight = model.lm_head.weight
+    if hasattr(weight, "ds_id"):
+        weight.all_gather()  # cut up again behind the backward pass of the embedding, which shares it
+    return weight
 
 
 class StopRequest:
@@ -362,9 +404,7 @@ def load_splits(
 def add_mix_flags(parser: argparse.ArgumentParser, share: float) -> None:
     """Flags of stages that learn something new beside what the model can already do."""
     mix = parser.add_argument_group("what is not to be forgotten")
-    mix.add_argument(
-        "--mix_path", help="an SFT file to mix in; default: with the demo data its SFT file, else none"
-    )
+    mix.add_argument("--mix_path", help="an SFT file to mix in; default: with the demo data its SFT file, else none")
     below_one = number(float, 0, excluded=True, high=1)
     mix.add_argument("--mix_ratio", type=below_one, default=share, help="their share of the rows")
 
@@ -504,7 +544,7 @@ def validate(
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
         with run.autocast():
-            nats = nll(model(**inputs, need_logits=False).hidden_states, model.lm_head.weight, batch)
+            nats = nll(model(**inputs, need_logits=False).hidden_states, head_weight(model), batch)
         trained = batch["labels"][:, 1:][batch["labels"][:, 1:] >= 0].cpu()
         totals += torch.tensor([nats.item(), trained.numel(), bytes_of[trained].sum().item()], dtype=totals.dtype)
     model.train(was_training)
