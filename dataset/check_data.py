@@ -186,22 +186,27 @@ def _batches(path: Path, stage: str, tokenizer: Any, show: bool) -> Iterator[tup
             bar.update(n_bytes)
 
 
+def language_of(text: str) -> str:
+    """Chinese when the Han characters outnumber the Latin words, taken as five letters each; other when neither script
+    makes up half of the letters (Russian …, digits only); else English."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    han = int(((codes >= 0x4E00) & (codes <= 0x9FFF) | (codes >= 0x3400) & (codes <= 0x4DBF)).sum())
+    latin = int((((codes | 32) >= 97) & ((codes | 32) <= 122) | (codes >= 0xC0) & (codes <= 0x24F)).sum())
+    beyond = int((codes >= 0x250).sum() - ((codes >= 0x2000) & (codes <= 0x303F) | (codes >= 0xFF00)).sum()) - han
+    return "other" if han + latin <= beyond else "Chinese" if han > latin / 5 else "English"
+
+
 def language_share(path: Path) -> dict[str, tuple[int, int]]:
-    """{language: (records, characters)}. A record counts as Chinese when its Han characters outnumber its Latin words,
-    taken as five letters each; as other when neither script makes up half of its letters (Russian …, digits only)."""
+    """{language: (records, characters)}"""
     records, chars = Counter(), Counter()
     for _, raw in json_lines.read_lines(path):
         try:
             text = "\n".join(_strings(json_lines.parse_line(raw)))
         except ValueError:
             continue
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        han = int(((codes >= 0x4E00) & (codes <= 0x9FFF) | (codes >= 0x3400) & (codes <= 0x4DBF)).sum())
-        latin = int((((codes | 32) >= 97) & ((codes | 32) <= 122) | (codes >= 0xC0) & (codes <= 0x24F)).sum())
-        beyond = int((codes >= 0x250).sum() - ((codes >= 0x2000) & (codes <= 0x303F) | (codes >= 0xFF00)).sum()) - han
-        language = "other" if han + latin <= beyond else "Chinese" if han > latin / 5 else "English"
+        language = language_of(text)
         records[language] += 1
-        chars[language] += len(codes)
+        chars[language] += len(text)
     return {k: (records[k], chars[k]) for k in ("Chinese", "English", "other") if records[k]}
 
 
