@@ -65,7 +65,10 @@ def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], enable_thinking: bool | None
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict],
+    enable_thinking: bool | None,
+    tools: list[dict] | None = None,
 ) -> list[int]:
     """The chat template's prompt, up to where the assistant begins to write. None leaves thinking to the template.
 
@@ -78,9 +81,10 @@ def chat_ids(
     messages = [{**turn, "content": clean(turn["content"])} for turn in messages]
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     if has_markers(tokenizer.chat_template):
-        return encode_prompt(messages, None, tokenizer, **options)
+        return encode_prompt(messages, tools, tokenizer, **options)
     # The template of another family.
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+    options |= {"add_generation_prompt": True, "return_dict": False}
+    return tokenizer.apply_chat_template(messages, tools=tools, **options)
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
