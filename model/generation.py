@@ -11,12 +11,13 @@ Dimension legend: B rows (requests) · T tokens · V vocabulary · W candidates,
 中文：模型如何逐个生成 token：采样设置、惩罚、截断、抽取，以及支持连续批处理的解码器。
 """
 
+import itertools
 import math
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ NOT_A_NUMBER = "The model's output is not a number: try --dtype float32, else th
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 
+class Guide(Protocol):
+    """Limits what one answer may say, a JSON object for example. It follows the answer: each has one of its own."""
+
+    def allowed(self) -> Tensor | None:
+        """Which tokens may come next, at least one; None: any.  Shape: (V,) bool."""
+
+    def advance(self, token: int) -> None:
+        """The answer goes on with this token."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How one request is answered.
@@ -47,6 +58,7 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer; 1 = off.
         presence_penalty, frequency_penalty: taken off the logit of a token in the answer, once and per occurrence.
         logit_bias: added to the logits of these tokens, −100 to 100.
+        guide: rules tokens out, before temperature and cuts; None: off.
         max_new_tokens: longest answer. stop_ids: tokens that end it.
         seed: same seed, same text, alone or beside others; None: another one each time.
         logps: whether to report the log-probability of each token. top_logps: of how many likeliest tokens besides.
@@ -62,6 +74,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    guide: Guide | None = None
     max_new_tokens: int = 512
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
@@ -167,8 +180,8 @@ class Drawn(NamedTuple):
 class Sampler:
     """Draws the next token of many rows at once, each with settings of its own.
 
-    Order: bias, penalties, temperature, top-k, top-p, min-p. A row uses up one random number per token, of a generator
-    of its own: neighbours do not change its text.
+    Order: bias, penalties, guide, temperature, top-k, top-p, min-p. A row uses up one random number per token, of a
+    generator of its own: neighbours do not change its text.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device):
@@ -233,6 +246,9 @@ class Sampler:
             logits = logits + self.bias[index]
         if penalises:
             logits = penalised(logits, self.seen[index], self.counts[index], *penalties)
+        guided = [(i, s.guide) for i, s in enumerate(active) if s is not None and s.guide is not None]
+        if guided:
+            logits = self.guided(logits, guided)
         best, tokens = logits.max(-1)  # (B,); NaN if there is one
         broken = best.isnan()
         if not all(s.greedy for s in asked):
@@ -251,9 +267,20 @@ class Sampler:
             used = self.flags([s is not None for s in active])[:, None]
             self.counts[index] += F.one_hot(tokens, self.vocab_size) * used
         listed = torch.where(broken, -1, tokens).tolist()
+        for i, guide in guided:
+            if listed[i] >= 0:
+                guide.advance(listed[i])
         if not any(s.logps or s.top_logps for s in asked):
             return Drawn(listed)
         return Drawn(listed, *self.log_probabilities(raw, tokens, temperature, max(s.top_logps for s in asked)))
+
+    def guided(self, logits: Tensor, guides: Sequence[tuple[int, Guide]]) -> Tensor:
+        """−∞ where a guide rules a token out.  Args: guides: with the rows of the logits.  Shape: (B, V) → (B, V)."""
+        logits = logits.clone()
+        for i, guide in guides:
+            if (allowed := guide.allowed()) is not None:
+                logits[i].masked_fill_(~allowed.to(self.device), -torch.inf)
+        return logits
 
     def uniform(self, row: int) -> float:
         """The row's next random number in [0, 1), of 24 bits: float32 holds it exactly, so it never rounds to 1."""
@@ -319,6 +346,7 @@ class Request:
     top_logps: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: str | None = None
     filled: int = 0  # tokens of the prompt that are in the cache
+    turn: int = 0  # counts the requests of a decoder: prompts are taken in in this order
 
     @property
     def answer(self) -> list[int]:
@@ -388,6 +416,7 @@ class Decoder:
             self.sampler = Sampler(slots, self.vocab_size, self.device)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the request of row r of the cache
+        self.turns = itertools.count()
 
     @property
     def busy(self) -> bool:
@@ -415,7 +444,7 @@ class Decoder:
         for name, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias)):
             if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
                 raise ValueError(f"Token {wrong[0]} in {name} does not exist: expected 0 to {self.vocab_size - 1}.")
-        request = Request(prompt, sampling)
+        request = Request(prompt, sampling, turn=next(self.turns))
         self.waiting.append(request)
         return request
 
@@ -457,7 +486,7 @@ class Decoder:
     def prefill(self) -> list[Event]:
         """Takes in up to `prefill_tokens` of prompts; a request whose prompt is complete gets its first token."""
         rows, width = [], 0
-        for row, request in enumerate(self.running):
+        for row, request in sorted(enumerate(self.running), key=lambda placed: placed[1].turn):
             wider = min(max(width, len(request.prompt) - request.filled), self.prefill_tokens)
             if not request.decoding and (not rows or (len(rows) + 1) * wider <= self.prefill_tokens):
                 rows, width = [*rows, row], wider

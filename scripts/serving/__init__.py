@@ -1,0 +1,1 @@
+"""The parts of scripts/serve_openai_api.py: see its docstring for the order in which to read them."""
