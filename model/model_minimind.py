@@ -478,6 +478,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MiniMindBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -514,6 +515,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False  # set by `gradient_checkpointing_enable()`
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -564,7 +566,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states += (x,)
-            x, layer_aux, load = layer(x, rotary, mask, past_key_values, valid)
+            if self.gradient_checkpointing and self.training:  # keeps x alone, computes the rest again when it is due
+                x, layer_aux, load = self._gradient_checkpointing_func(layer, x, rotary, mask, None, valid)
+            else:
+                x, layer_aux, load = layer(x, rotary, mask, past_key_values, valid)
             aux_loss = aux_loss + layer_aux
             loads.append(load)
         x = self.norm(x)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +39,8 @@ from model.weights import (
 from trainer import zero
 from trainer.command_line import UserError, check_writable
 from trainer.trainer_utils import Run
+
+PER_START = ("resume", "out_dir", "device", "force", "local_rank")  # flags that a resumed run does not take over
 
 
 @dataclass
@@ -145,6 +149,17 @@ def find_run(out_dir: str | Path, stage: str, hidden_size: int | None = None, us
     return max(found)[1]
 
 
+def restarted(args: argparse.Namespace, stage: str) -> bool:
+    """Whether torchrun (`--max-restarts`) started this process again after a failure, with a state to go on from."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    with contextlib.suppress(UserError):
+        newest = newest_state(find_run(args.out_dir, stage, args.hidden_size, args.use_moe))
+        launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        return newest is not None and newest[1].get("launch") == launch and not newest[1]["progress"]["finished"]
+    return False
+
+
 def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with `--resume` those of the interrupted run, where the command line does not name them again.
 
@@ -154,12 +169,13 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
     """
     args = parser.parse_args(argv)
     stage = stage.format(**vars(args))
+    args.resume = args.resume or restarted(args, stage)
     if args.resume:
         newest = newest_state(find_run(args.out_dir, stage, args.hidden_size, args.use_moe))
         if newest is None:
             raise UserError(f"--resume found only damaged states of {stage} in {args.out_dir}; start without --resume.")
-        kept = {name: value for name, value in newest[1]["args"].items() if name not in ("resume", "out_dir", "device")}
-        parser.set_defaults(**kept)
+        kept = {name: value for name, value in newest[1]["args"].items() if name not in PER_START}
+        parser.set_defaults(**kept, resume=True)
         args = parser.parse_args(argv)
     zero.settle(args)
     # Whole paths: the run may be resumed from another folder.
@@ -170,20 +186,29 @@ def parse_flags(parser: argparse.ArgumentParser, stage: str, argv: list[str] | N
             setattr(args, name, str(Path(value).resolve()))
     if args.use_wandb and importlib.util.find_spec("wandb") is None:  # before an earlier run is moved aside
         raise UserError("--use_wandb needs the wandb package: pip install wandb, or leave the flag out.")
+    if args.use_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--use_tensorboard needs the package: pip install tensorboard, or leave the flag out.")
     args.given = dict(vars(args))
     args.saved_config = newest[1]["config"] if args.resume else None
+    # Another number of ranks spreads the rows of an update anew, unless the command line says how.
+    as_saved = args.resume and all(getattr(args, name) == kept[name] for name in ("batch_size", "accumulation_steps"))
+    args.saved_rows = newest[1]["signature"]["rows per update"] if as_saved else None
     check_writable(args.out_dir, "--out_dir")
     return args
 
 
-def check_signature(saved: dict, now: dict) -> None:
-    """Raises: UserError naming what differs, when the run could not go on as the same run."""
+def check_signature(saved: dict, now: dict, forced: bool = False) -> None:
+    """Raises: UserError naming what differs, when the run could not go on as the same run; `forced`: warns of it."""
     for name in {**saved, **now}:
-        if saved.get(name) != now.get(name):
+        if saved.get(name) == now.get(name):
+            continue
+        differs = f"{name} was {saved.get(name)}, now it is {now.get(name)}"
+        if not forced:
             raise UserError(
-                f"--resume cannot go on: {name} was {saved.get(name)}, now it is {now.get(name)}. "
-                "Use the old value, or start a new run without --resume."
+                f"--resume cannot go on: {differs}. Use the old value, start a new run without --resume, or go on all "
+                "the same with --force."
             )
+        print(f"warning: {differs}; --force goes on, and it will not be the same run", file=sys.stderr)
 
 
 def last_progress(folder: Path) -> dict | None:
@@ -215,6 +240,22 @@ def start_folder(folder: Path, weights: Path) -> None:
     elif folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Keeps other processes out of a run folder, until this one ends in whatever way.
+
+    Raises: UserError when another run is writing there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(folder.name + ".lock"), blocking=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another run is writing to {folder}. Wait for it or stop it, or give this one another --out_dir."
+        ) from None
+    return lock
 
 
 def start_weights(args: argparse.Namespace) -> Path | None:
@@ -330,6 +371,8 @@ class Keeper:
             **{name: getattr(args, name) for name in same},
             **self.also_same,
         }
+        if self.run.is_main:
+            self.lock = lock_folder(self.folder)
         if not self.args.resume:
             if self.run.is_main:
                 start_folder(self.folder, self.weights)
@@ -338,7 +381,7 @@ class Keeper:
         if newest is None:
             raise UserError(f"--resume found no whole state in {self.folder}; start without --resume.")
         path, facts = newest
-        check_signature(facts["signature"], self.signature)
+        check_signature(facts["signature"], self.signature, self.args.force)
         if self.run.is_main:  # what a killed process left half written
             for part in [*self.folder.glob("*.part"), *self.weights.parent.glob(f"{self.weights.stem}.*.part")]:
                 part.unlink(missing_ok=True)
@@ -375,6 +418,7 @@ class Keeper:
             "signature": self.signature,
             "dtype": str(self.run.dtype),
             "wandb_id": self.wandb_id,
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         }
         try:
             # Weights first: once a state says that the run is finished, its weights are there.

@@ -49,6 +49,7 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception:  # shown as Python would show it, but without the teardown that `leave` avoids
         if not dist.is_initialized():
             raise
+        print(f"error on rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
         traceback.print_exc()
         leave(1)
 

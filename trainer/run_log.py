@@ -98,6 +98,12 @@ class RunLog:
         self.peak = peak_flops(run.device)
         self.wandb = start_wandb(args, stage, keeper.wandb_id) if args.use_wandb and run.is_main else None
         keeper.wandb_id = self.wandb.id if self.wandb else None
+        self.tensorboard = None
+        if args.use_tensorboard and run.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Of an interrupted run TensorBoard forgets what lies after the step it goes on from.
+            self.tensorboard = SummaryWriter(self.folder, purge_step=keeper.progress.step + 1)
         if run.is_main:
             self._announce(args, model, data, batch)
         self._forget_after(keeper.progress.step)
@@ -235,8 +241,12 @@ class RunLog:
                 f.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
         except OSError as error:  # a full disk shows when the file is flushed, and then without a name
             raise OSError(error.errno, error.strerror, str(path)) from error
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
         if self.wandb:
-            self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+            self.wandb.log(numbers, step=record["step"])
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, record["step"])
 
     def validation(self, progress, result: dict[str, float] | None) -> None:
         """A validation result; the time it took does not count as training time."""
@@ -263,6 +273,8 @@ class RunLog:
             print(f"warning: no loss curve ({error})", file=sys.stderr)
         if self.wandb:
             self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 class Pause:

@@ -78,6 +78,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     machine.add_argument("--device", help="cuda, cuda:1, mps or cpu; default the best there is")
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="arithmetic under autocast")
     machine.add_argument("--compile", action=BoolFlag, help="torch.compile; default on where it pays")
+    activations = "keep each block's input only and compute the rest again on the way back: less memory, a third slower"
+    machine.add_argument("--checkpoint_activations", action=BoolFlag, default=False, help=activations)
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="weights and run folders, for example out")
     output.add_argument("--log_interval", type=count, default=10, help="updates between log lines")
@@ -87,6 +89,10 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     )
     output.add_argument("--val_rows", type=count, default=128, help="held-out rows that a validation reads")
     output.add_argument("--resume", action=BoolFlag, default=False, help="go on where the last run stopped")
+    output.add_argument(
+        "--force", action=BoolFlag, default=False, help="with --resume: go on although the data or a setting changed"
+    )
+    output.add_argument("--use_tensorboard", action=BoolFlag, default=False, help="log to TensorBoard too (out/runs)")
     output.add_argument("--use_wandb", action=BoolFlag, default=False, help="log to wandb too (offline: WANDB_MODE)")
     output.add_argument("--wandb_project", default="MiniMind", help="name of the wandb project")
     zero.add_flags(parser)
@@ -267,6 +273,8 @@ def compile_and_wrap(
     Rows have one shape, so the model is compiled once. Of the loss what lies between its matrix products is compiled,
     for pieces of any size, and then never holds float32 logits.
     """
+    if args.checkpoint_activations:
+        raw_model.gradient_checkpointing_enable()
     looping = False
     for module in raw_model.modules():
         if isinstance(module, MOEFeedForward):  # settled here: the compiler cannot follow questions about the device
@@ -355,10 +363,29 @@ def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
         args.batch_size = max(1, min(largest, wanted // (run.world_size * (args.accumulation_steps or 1))))
     if args.accumulation_steps is None:
         args.accumulation_steps = max(1, wanted // (args.batch_size * run.world_size))
+    if args.saved_rows and args.saved_rows != args.batch_size * args.accumulation_steps * run.world_size:
+        fit_layout(args, run)
     updates = args.epochs * math.ceil(rows / (args.batch_size * args.accumulation_steps * run.world_size))
     args.total_steps = min(updates, args.max_steps or updates)
     if args.warmup_iters is None:
         args.warmup_iters = min(200, max(1, args.total_steps // 50))
+
+
+def fit_layout(args: argparse.Namespace, run: Run) -> None:
+    """Spreads the rows that the updates of a resumed run hold over the ranks that there are now.
+
+    Raises: UserError when their number does not divide them.
+    """
+    each, left = divmod(args.saved_rows, run.world_size)
+    if left:
+        raise UserError(
+            f"--resume: an update of this run holds {args.saved_rows} rows, which {run.world_size} ranks cannot share "
+            "evenly; start another number of processes."
+        )
+    args.batch_size = max(size for size in range(1, min(args.batch_size, each) + 1) if each % size == 0)
+    args.accumulation_steps = each // args.batch_size
+    if run.is_main:
+        print(f"note: an update of this run holds {args.saved_rows} rows; they are spread anew over the ranks")
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -142,6 +142,8 @@ class ZeroEngine:
         if self.stage:
             optimizer.state.clear()  # keyed by weights that the engine replaces
             half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(run.dtype)
+            if half == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+                raise UserError("DeepSpeed has no float16 on this device: give --dtype bfloat16 or float32.")
             if half:
                 config[half] = {"enabled": True, **({"check_grad_overflow": True} if half == "bf16" else {})}
             run.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the engine has its own

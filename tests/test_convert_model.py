@@ -1,0 +1,772 @@
+"""Conversions: every form against transformers' own implementation and the peft library, and back bitwise.
+
+GGUF files have tests of their own (test_gguf_export.py). Legend: V vocabulary.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_weights import Trap
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from model.model_lora import LoraConfig, add_lora, load_lora, lora_state_dict, merge_lora, save_lora, save_peft
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import WeightsError, load_model, load_tokenizer, read_about, save_weights
+from scripts import convert_model
+from scripts.converting import checks, folders, gguf_export, llama_cpp_check, stock_architectures, verify
+from scripts.converting.model_card import parameters
+from scripts.converting.verify import BadExport
+from trainer.command_line import UserError
+
+V = 6400  # the shipped tokenizer
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+ODD_YARN = {**YARN, "beta_fast": 3.0, "beta_slow": 0.5, "attention_factor": 1.3}
+LINEAR, NTK = {"type": "linear", "factor": 3.0}, {"type": "ntk", "factor": 4.0}
+LLAMA, GRANITE, MIXTRAL = "LlamaForCausalLM", "GraniteMoeSharedForCausalLM", "MixtralForCausalLM"
+
+
+def tiny(seed: int = 0, **fields) -> MiniMindForCausalLM:
+    """A small model whose every weight matters and is exact in half precision."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config = MiniMindConfig(**{**sizes, "vocab_size": V, "initializer_range": 0.2, "rope_theta": 1e4, **fields})
+    model = MiniMindForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.mul_(0.5)
+            parameter.copy_(parameter.half())
+    return model
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, V, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def text_file(tmp_path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("The cat sat on the mat. 3 + 4 = 7.\n\n今天是星期三，明天呢？<think>x</think>", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def convert(text_file, monkeypatch):
+    monkeypatch.setattr(llama_cpp_check, "installed", lambda: False)  # its turn comes in test_gguf_export.py
+
+    def run(command: str, *arguments: object) -> None:
+        convert_model.main([command, *map(str, arguments), "--verify_text", text_file])
+
+    return run
+
+
+def saved(path: Path, about: dict | None = None, **fields) -> MiniMindForCausalLM:
+    model = tiny(**fields)
+    save_weights(model, path, {"stage": "full_sft", **(about or {})})
+    return model
+
+
+def left_over(folder: Path) -> list[str]:
+    return [p.name for p in folder.rglob("*") if p.name.endswith((".part", ".old"))]
+
+
+@torch.no_grad()
+def same_logits(model, other, tolerance: float = 1e-5) -> None:
+    """As absolute as float32 allows: of the largest logit, where it is above 1."""
+    x = ids(2, 90)
+    mine, its = model(x).logits, other(x).logits.float()
+    assert (mine - its).abs().max() <= tolerance * max(1.0, float(mine.abs().max()))
+    assert mine.std() > 0.3  # logits that are all alike would hide everything
+
+
+# Stock architectures
+
+
+STOCK = [
+    ("dense", {}, LLAMA),
+    ("untied", {"tie_word_embeddings": False}, LLAMA),
+    ("linear", {"rope_scaling": LINEAR}, LLAMA),
+    ("ntk", {"rope_scaling": NTK}, LLAMA),
+    ("yarn", {"rope_scaling": ODD_YARN}, LLAMA),
+    ("gelu", {"hidden_act": "gelu", "rms_norm_eps": 1e-3}, LLAMA),
+    ("moe", {"use_moe": True, "rope_scaling": YARN}, GRANITE),
+    ("shared-2", {"use_moe": True, "n_shared_experts": 2, "num_experts_per_tok": 3}, GRANITE),
+    ("unshared", {"use_moe": True, "n_shared_experts": 0, "rope_scaling": NTK}, MIXTRAL),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "architecture"), STOCK, ids=[case[0] for case in STOCK])
+def test_stock_form_computes_the_same_and_comes_back_bitwise(name, fields, architecture, tmp_path, convert, capsys):
+    model = saved(tmp_path / "full_sft_64.pth", **fields)
+    convert("to-stock", "--model", tmp_path / "full_sft_64.pth", "--to", tmp_path / "stock")
+    out = capsys.readouterr().out
+    assert "transformers, float32: largest logit difference" in out and out.count(": good") == 1
+    assert "rounding to float16 changes nothing" in out and "[4/4" in out
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == architecture
+    same_logits(model, theirs)
+    if fields.get("rope_scaling"):  # guards against a scaling that is lost on both sides
+        plain = tiny(**{**fields, "rope_scaling": None})
+        assert (plain(ids(1, 90)).logits - model(ids(1, 90)).logits).abs().max() > 0.1
+
+    convert("to-pth", "--model", tmp_path / "stock", "--to", tmp_path / "back_64.pth")
+    first, second = (torch.load(tmp_path / f"{n}_64.pth", weights_only=True) for n in ("full_sft", "back"))
+    assert first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+    back = load_model(tmp_path / "back_64.pth")
+    for field in "intermediate_size num_key_value_heads use_moe tie_word_embeddings hidden_act rms_norm_eps".split():
+        assert getattr(back.config, field) == getattr(model.config, field), field
+    same_logits(model, back, 1e-6)
+    assert not left_over(tmp_path)
+
+
+def test_what_a_stock_folder_carries(tmp_path, convert):
+    model = saved(tmp_path / "full_sft_64.pth", rope_scaling=YARN)
+    convert("to-stock", "--model", tmp_path / "full_sft_64.pth", "--to", tmp_path / "llama", "--dtype", "bfloat16")
+    names = {p.name for p in (tmp_path / "llama").iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
+    # transformers 4 reads these two and knows no rope_parameters
+    assert config["rope_theta"] == 1e4
+    assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 4.0
+    assert config["dtype"] == "bfloat16" and config["tie_word_embeddings"] is True and "auto_map" not in config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert loaded.dtype == torch.bfloat16 and loaded.config.max_position_embeddings == 32768
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert loaded.generation_config.eos_token_id == 2 and loaded.generation_config.temperature == 0.85
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "llama"), load_tokenizer()
+    for text in ("Hello  world 12.5\n", "你好，<think>世界</think>🙂", " lead", "<|im_start|>user\nx<|im_end|>"):
+        assert tokenizer.encode(text) == ours.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    turns = [{"role": "user", "content": "你好"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == ours.apply_chat_template(turns, tokenize=False)
+    card = (tmp_path / "llama" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n") and f"{model.num_parameters():,}" in card
+    assert "largest logit difference" in card and "vllm serve" in card and "trust_remote_code" not in card
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"use_moe": True, "norm_topk_prob": False}, "norm_topk_prob False cannot be exported exactly"),
+        ({"use_moe": True, "num_experts_per_tok": 1}, "num_experts_per_tok 1 cannot be exported exactly"),
+    ],
+)
+@pytest.mark.parametrize("command", ["to-stock", "to-gguf"])
+def test_what_stock_forms_cannot_express_is_refused(command, fields, reason, tmp_path, convert):
+    saved(tmp_path / "full_sft_64_moe.pth", **fields)
+    with pytest.raises(UserError, match=reason):
+        convert(command, "--model", tmp_path / "full_sft_64_moe.pth", "--to", tmp_path / "new")
+    assert not (tmp_path / "new").exists() and not left_over(tmp_path)
+
+
+def test_top_1_really_differs():
+    """The refusal above is no superstition: a stock model gives the one chosen expert the weight 1."""
+    moe = tiny(use_moe=True, num_experts_per_tok=1).model.layers[0].mlp
+    _, weights, _ = moe.gate(torch.randn(1, 5, 64), None)
+    assert weights.max() < 0.999
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"head_dim": 32}, "head_dim 32"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}}, "'mscale'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a part"),
+    ],
+)
+def test_llamas_that_cannot_be_ours(changes, reason):
+    model = tiny()
+    config = LlamaConfig(**{**stock_architectures.stock_config(model.config).to_dict(), **changes})
+    with pytest.raises(WeightsError, match=reason):
+        stock_architectures.from_stock(config, stock_architectures.to_stock(model.config, model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"residual_multiplier": 0.5}, "residual_multiplier 0.5"),
+        ({"logits_scaling": 2.0}, "logits_scaling 2.0"),
+        ({"attention_multiplier": 1.0}, "attention_multiplier 1.0"),
+        ({"shared_intermediate_size": 100}, "no multiple"),
+        ({"num_experts_per_tok": 1}, "one expert per token"),
+    ],
+)
+def test_granites_that_cannot_be_ours(changes, reason):
+    model = tiny(use_moe=True)
+    config, state = stock_architectures.stock_config(model.config), model.state_dict()
+    state = stock_architectures.to_stock(model.config, state)
+    stock_architectures.from_stock(config, state)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(WeightsError, match=reason):
+        stock_architectures.from_stock(config, state)
+
+
+def test_tensors_too_many_or_too_few_are_refused(tmp_path):
+    model = tiny()
+    config, state = stock_architectures.stock_config(model.config), model.state_dict()
+    extra = {**state, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    with pytest.raises(WeightsError, match="biases"):
+        stock_architectures.from_stock(config, extra)
+    strange = {**state, "model.layers.0.block_sparse_moe.gate.weight": torch.zeros(4, 64)}
+    with pytest.raises(WeightsError, match="has no place"):
+        stock_architectures.from_stock(config, strange)
+    with pytest.raises(WeightsError, match="lm_head and embedding differ"):
+        folders.build_model(model.config, {**state, "lm_head.weight": torch.zeros(V, 64)}, tmp_path)
+    short = {name: t for name, t in state.items() if "layers.1" not in name}
+    with pytest.raises(WeightsError, match="does not fit"):
+        folders.build_model(model.config, short, tmp_path)
+
+
+# Our own classes as remote code
+
+
+@pytest.mark.slow
+def test_remote_code_folder_loads_in_a_clean_process(tmp_path, convert, capsys):
+    """A mixture of experts that no stock architecture can express."""
+    model = saved(tmp_path / "m.pth", use_moe=True, norm_topk_prob=False, rope_scaling=YARN)
+    convert("to-transformers", "--model", tmp_path / "m.pth", "--to", tmp_path / "own")
+    assert capsys.readouterr().out.count(": good") == 1
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "local = dict(trust_remote_code=True, local_files_only=True)\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, **local).eval()\n"
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1], **local)('今天 is 3', return_tensors='pt')['input_ids']\n"
+        "torch.save((ids, model(ids).logits.detach(), type(model).__module__), sys.argv[2])\n"
+        "assert not any(m == 'model' or m.startswith(('model.', 'scripts', 'trainer')) for m in sys.modules)\n"
+        "assert not any(p.startswith(sys.argv[3]) and 'site-packages' not in p for p in sys.path), sys.path\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(tmp_path / "own"), str(tmp_path / "found.pt"), str(ROOT / "model")]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokens, logits, module = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert module.startswith("transformers_modules.")
+    assert tokens[0].tolist() == load_tokenizer().encode("今天 is 3")
+    torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+    convert("to-pth", "--model", tmp_path / "own", "--to", tmp_path / "back.pth")
+    first, second = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("m", "back"))
+    assert first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+    kept = read_about(tmp_path / "back.pth")["config"]
+    assert kept["rope_scaling"] == YARN and kept["norm_topk_prob"] is False
+
+
+# A bad export is not called good
+
+
+def test_one_changed_tensor_is_seen_wherever_it_is():
+    model = tiny(use_moe=True)
+    rows = verify.token_rows(load_tokenizer(), verify.TEXTS[:1], 64, ())
+    expected = verify.logits_of(model, rows)
+    verify.check("x", expected, verify.logits_of(model, rows))
+    changed = 0
+    for name, p in model.named_parameters():
+        before = p.detach().clone()
+        with torch.no_grad():
+            p[..., 0] *= 1.01  # one channel by one per cent
+            changed += 1
+            with pytest.raises(BadExport, match="not the same model"):
+                verify.check(name, expected, verify.logits_of(model, rows))
+            p.copy_(before)
+    assert changed == len(list(model.named_parameters())) > 30
+
+
+def test_judgement_by_hand(capsys):
+    original = [torch.tensor([[1.0, 4.0], [0.0, -2.0]])]
+    d = verify.difference(original, [torch.tensor([[1.0, 4.5], [3.0, -2.0]])])
+    assert (d.largest, d.row, d.token, d.scale, d.tokens) == (3.0, 0, 1, 4.0, 2)
+    assert d.agreement == 1.0 and d.of_tokens.tolist() == [0.5, 3.0]
+    assert d.spread == pytest.approx(torch.tensor([1.0, 4, 0, -2]).std().item())
+    assert verify.difference(original, [torch.full((2, 2), math.nan)]).largest == math.inf
+    with pytest.raises(BadExport, match="text 1, token 1"):
+        verify.check("nan", original, [torch.tensor([[math.nan, 4.0], [0.0, -2.0]])])
+    verify.check("just", original, [original[0] + 3.9e-5])  # 1e-5 of the largest logit, 4
+    with pytest.raises(BadExport):
+        verify.check("too much", original, [original[0] + 4.2e-5])
+    one_off = [torch.tensor([[1.0, 4.0], [1.0, -2.0]])]
+    verify.check("a router", original, one_off, beyond=0.5)
+    with pytest.raises(BadExport):
+        verify.check("a router", original, one_off, beyond=0.49)
+    verify.check("noisy", original, one_off, noise=lambda: 1.1)
+    with pytest.raises(BadExport, match="where 9.0e-01 is allowed"):
+        verify.check("not so noisy", original, one_off, noise=lambda: 0.9)
+    verify.check("good at once", original, original, noise=lambda: pytest.fail("asked in vain"))
+    assert capsys.readouterr().out.count("NOT GOOD") == 4
+
+
+def test_noise_of_float32_is_small_and_no_excuse():
+    """Deep and large weights amplify the last bits; a changed channel still stands out by far."""
+    model = tiny(num_hidden_layers=8)
+    rows = [ids(1, 60)[0].tolist()]
+    expected = verify.logits_of(model, rows)
+    noise = verify.float32_noise(model, rows, expected)
+    assert 0 < noise < 1e-3 and model.dtype == torch.float32
+    with torch.no_grad():
+        model.model.layers[7].mlp.up_proj.weight[0] *= 1.5
+    assert verify.difference(expected, verify.logits_of(model, rows)).largest > 20 * checks.NOISE * noise
+
+
+def corrupt_safetensors(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.self_attn.k_proj.weight"][3] *= 1.5
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap_tokens(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    backend = json.loads(file.read_text(encoding="utf-8"))
+    vocab = backend["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    file.write_text(json.dumps(backend), encoding="utf-8")
+
+
+def drop_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(corrupt_safetensors, "not the same model"), (swap_tokens, "other tokens"), (drop_tensor, "lacks")],
+    ids=["tensor", "tokenizer", "gap"],
+)
+def test_a_bad_folder_is_refused_and_the_old_one_stays(damage, reason, tmp_path, convert, monkeypatch):
+    saved(tmp_path / "m.pth")
+    convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "llama")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "llama").iterdir()}
+    write = convert_model.write_folder
+
+    def write_badly(folder, *rest, **options):
+        write(folder, *rest, **options)
+        damage(folder)
+
+    monkeypatch.setattr(convert_model, "write_folder", write_badly)
+    with pytest.raises(BadExport, match=reason):
+        convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "llama", "--overwrite")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "llama").iterdir()} == before
+    with pytest.raises(BadExport, match=reason):
+        convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "second")
+    assert not (tmp_path / "second").exists() and not left_over(tmp_path)
+
+
+def test_a_bad_weight_file_and_a_bad_gguf_are_refused(tmp_path, convert, monkeypatch):
+    saved(tmp_path / "m.pth")
+    save, write = convert_model.save_weights, gguf_export.write_gguf
+
+    def save_badly(model, path, about):
+        model = load_model(tmp_path / "m.pth")
+        model.model.layers[0].mlp.up_proj.weight.data[0] += 0.5
+        save(model, path, about)
+
+    def write_badly(path, config, state, *rest):
+        rotated = state["model.layers.0.self_attn.q_proj.weight"].roll(1, 0)
+        write(path, config, {**state, "model.layers.0.self_attn.q_proj.weight": rotated}, *rest)
+
+    monkeypatch.setattr(convert_model, "save_weights", save_badly)
+    monkeypatch.setattr(gguf_export, "write_gguf", write_badly)
+    for command, name in (("to-pth", "new.pth"), ("to-gguf", "new")):
+        with pytest.raises(BadExport, match="read back, float32 differs"):
+            convert(command, "--model", tmp_path / "m.pth", "--to", tmp_path / name)
+        assert not (tmp_path / name).exists() and not left_over(tmp_path)
+
+
+def test_a_remote_code_folder_that_does_not_load_is_refused(tmp_path, convert, monkeypatch):
+    saved(tmp_path / "m.pth")
+    broken = tmp_path / "model_minimind.py"
+    broken.write_text("raise SystemError('broken on purpose')\n", encoding="utf-8")
+    monkeypatch.setattr(folders, "REMOTE_CODE", broken)
+    with pytest.raises(BadExport, match="does not load .*broken on purpose"):
+        convert("to-transformers", "--model", tmp_path / "m.pth", "--to", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_verify_judges_what_is_there(tmp_path, convert, capsys):
+    saved(tmp_path / "m.pth")
+    convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "llama", "--dtype", "bfloat16")
+    convert("to-gguf", "--model", tmp_path / "m.pth", "--to", tmp_path / "gguf", "--dtype", "q8_0")
+    capsys.readouterr()
+    for export in ("llama", "gguf", "m.pth"):
+        convert("verify", "--model", tmp_path / "m.pth", "--export", tmp_path / export)
+    out = capsys.readouterr().out
+    assert out.count(": good") == 3 and "rounding to bfloat16 moves" in out and "rounding to q8_0 moves" in out
+    corrupt_safetensors(tmp_path / "llama")
+    with pytest.raises(BadExport, match="not the same model"):
+        convert("verify", "--model", tmp_path / "m.pth", "--export", tmp_path / "llama")
+    saved(tmp_path / "other.pth", seed=1)
+    with pytest.raises(BadExport, match="not the same model"):
+        convert("verify", "--model", tmp_path / "other.pth", "--export", tmp_path / "gguf" / "m-q8_0.gguf")
+    with pytest.raises(UserError, match="does not exist"):
+        convert("verify", "--model", tmp_path / "m.pth", "--export", tmp_path / "nowhere")
+
+
+# Where it is written
+
+
+def test_new_place_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "a" / "new"
+    with folders.new_place(target, False) as folder:
+        (folder / "config.json").write_text("1")
+        assert not target.exists()
+    assert (target / "config.json").read_text() == "1"
+    with pytest.raises(UserError, match="exists already.*--overwrite"):
+        with folders.new_place(target, False):
+            pass
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error):
+            with folders.new_place(target, True) as folder:
+                (folder / "config.json").write_text("2")
+                raise error
+    assert (target / "config.json").read_text() == "1" and not left_over(tmp_path)
+    with folders.new_place(target, True) as folder:
+        (folder / "other.gguf").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["other.gguf"] and not left_over(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with folders.new_place(tmp_path / "empty", False) as folder:
+        (folder / "x").write_text("4")
+    assert (tmp_path / "empty" / "x").read_text() == "4"
+
+
+def test_only_conversions_are_replaced_and_never_a_source(tmp_path):
+    home = tmp_path / "home"
+    (home / "model").mkdir(parents=True)
+    (home / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="does not look like a converted model"):
+        with folders.new_place(home, True):
+            pass
+    (home / "config.json").write_text("{}")
+    for source in (home, home / "model"):
+        with pytest.raises(UserError, match="is or holds the source"):
+            with folders.new_place(home, True, (source,)):
+                pass
+    assert (home / "letter.txt").read_text() == "dear"
+    file = tmp_path / "x.pth"
+    file.write_text("old")
+    with pytest.raises(UserError, match="exists already"):
+        with folders.new_place(file, False):
+            pass
+    with folders.new_place(file, True) as folder:
+        (folder / "x.pth").write_text("new")
+        (folder / "x.json").write_text("{}")
+    assert file.read_text() == "new" and (tmp_path / "x.json").is_file() and not left_over(tmp_path)
+
+
+# Other sources
+
+
+def test_published_weights(tmp_path, convert):
+    """A bare state dict: eight heads are assumed, or --config_from tells."""
+    torch.save({name: t.half() for name, t in tiny().state_dict().items()}, tmp_path / "bare.pth")
+    saved(tmp_path / "sized.pth")
+    convert("to-pth", "--model", tmp_path / "bare.pth", "--to", tmp_path / "guessed.pth")
+    bare = ("--model", tmp_path / "bare.pth")
+    convert("to-pth", *bare, "--to", tmp_path / "told.pth", "--config_from", tmp_path / "sized.pth")
+    assert load_model(tmp_path / "guessed.pth").config.num_attention_heads == 8
+    told = load_model(tmp_path / "told.pth")
+    assert told.config.num_attention_heads == 4 and told.config.rope_theta == 1e4
+    same_logits(tiny(), told, 1e-6)
+    for wrong, reason in (
+        (tmp_path / "none.json", "cannot be read"),
+        (tmp_path / "odd.json", "hidden_size is missing"),
+    ):
+        (tmp_path / "odd.json").write_text('{"train_batch_size": 4}', encoding="utf-8")
+        with pytest.raises(UserError, match=reason):
+            convert("to-pth", "--model", tmp_path / "bare.pth", "--to", tmp_path / "x.pth", "--config_from", wrong)
+
+
+def test_folders_in_other_files(tmp_path, convert):
+    """Shards, and the older pickled form: read, and not run."""
+    model = tiny()
+    llama = LlamaForCausalLM(stock_architectures.stock_config(model.config))
+    llama.load_state_dict(model.state_dict())
+    llama.save_pretrained(tmp_path / "shards", max_shard_size="400KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(tmp_path / "shards" / "config.json", tmp_path / "pickled")
+    old = {**model.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    torch.save(old, tmp_path / "pickled" / "pytorch_model.bin")
+    for name in ("shards", "pickled"):
+        convert("to-pth", "--model", tmp_path / name, "--to", tmp_path / f"{name}.pth")
+        same_logits(model, load_model(tmp_path / f"{name}.pth"), 1e-6)
+        assert folders.open_source(tmp_path / name).dtype == torch.float32
+    torch.save({"model.norm.weight": Trap(tmp_path / "sprung")}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(WeightsError):
+        convert("to-pth", "--model", tmp_path / "pickled", "--to", tmp_path / "x.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_that_do_not_fit_half_precision(tmp_path, convert):
+    model = tiny()
+    state = stock_architectures.to_stock(model.config, model.state_dict())
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000.0
+    (tmp_path / "big").mkdir()
+    source = folders.Source(model, load_tokenizer(), torch.float32, "big", None)
+    fields = stock_architectures.config_json(stock_architectures.stock_config(model.config))
+    folders.write_folder(tmp_path / "big", fields, state, torch.float32, source, remote_code=False)
+    with pytest.raises(UserError, match="do not fit float16"):
+        convert("to-pth", "--model", tmp_path / "big", "--to", tmp_path / "x.pth")
+    with pytest.raises(UserError, match="do not fit f16"):
+        convert("to-gguf", "--model", tmp_path / "big", "--to", tmp_path / "x")
+    big = folders.open_source(tmp_path / "big").model
+    assert folders.rounded(big, torch.bfloat16).model.layers[0].mlp.up_proj.weight[0, 0] > 69_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zero_checkpoint(stage, tmp_path, convert):
+    pytest.importorskip("deepspeed", reason="needs the package deepspeed")
+    model = saved(tmp_path / "sized.pth")
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import deepspeed, torch
+from model.weights import load_model
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an extension that is built for minutes
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+model = load_model({str(tmp_path / "sized.pth")!r}).train()
+settings = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": {stage}}}}}
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+ids = torch.arange(1, 25)[None]
+engine.backward(engine(ids, labels=ids).loss); engine.step()
+engine.save_checkpoint({str(tmp_path / "run" / "zero")!r})
+with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    torch.save({{k: v.detach().clone() for k, v in model.state_dict().items()}}, {str(tmp_path / "now.pt")!r})
+import os; os._exit(0)
+"""
+    environment = {
+        **os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    assert (tmp_path / "now.pt").is_file(), done.stderr[-2000:]
+    with pytest.raises(UserError, match="says how large the model is"):
+        convert("to-pth", "--model", tmp_path / "run" / "zero", "--to", tmp_path / "x.pth")
+    (tmp_path / "run" / "zero" / "step_00000001.json").write_text(
+        json.dumps({"config": model.config.to_diff_dict(), "progress": {}}), encoding="utf-8"
+    )
+    convert("to-pth", "--model", tmp_path / "run" / "zero", "--to", tmp_path / "joined.pth")
+    joined, expected = load_model(tmp_path / "joined.pth"), torch.load(tmp_path / "now.pt", weights_only=True)
+    moved = 0
+    for name, tensor in joined.state_dict().items():
+        assert torch.equal(tensor, expected[name].half().float()), name
+        moved += not torch.equal(tensor, model.state_dict()[name])
+    assert moved > 10  # the update is in it
+
+    torch.save({"module": Trap(tmp_path / "sprung")}, next((tmp_path / "run" / "zero").rglob("*_model_states.pt")))
+    with pytest.raises(WeightsError, match="could not be joined"):
+        convert("to-pth", "--model", tmp_path / "run" / "zero", "--to", tmp_path / "x.pth")
+    assert not (tmp_path / "sprung").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+# LoRA
+
+
+def adapter(path: Path, model: MiniMindForCausalLM, **fields) -> LoraConfig:
+    """An adapter that does something, exact in half precision, on disk and on the model."""
+    config = LoraConfig(**{"rank": 3, "alpha": 6.0, **fields})
+    add_lora(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in lora_state_dict(model).values():
+        tensor.copy_((torch.randn(tensor.shape, generator=generator) * 0.1).half())
+    save_lora(model, path, config)
+    return config
+
+
+def test_lora_is_merged(tmp_path, convert, monkeypatch, capsys):
+    model = saved(tmp_path / "m.pth", {"tokenizer": None})
+    adapter(tmp_path / "tea.pth", model)
+    merge_command = ("merge-lora", "--model", tmp_path / "m.pth", "--lora", tmp_path / "tea.pth", "--to")
+    convert(*merge_command, tmp_path / "merged.pth")
+    out = capsys.readouterr().out
+    assert "merged, float32: largest logit difference" in out and out.count(": good") == 2
+    state = torch.load(tmp_path / "merged.pth", weights_only=True)
+    q = load_model(tmp_path / "m.pth").model.layers[1].self_attn.q_proj.weight
+    A, B = (lora_state_dict(model)[f"model.layers.1.self_attn.q_proj.lora.{part}.weight"] for part in "AB")
+    expected = (q + 6.0 / 3 * B @ A).half()
+    torch.testing.assert_close(state["model.layers.1.self_attn.q_proj.weight"], expected, rtol=1e-3, atol=1e-4)
+    assert not any("lora" in name for name in state) and read_about(tmp_path / "merged.pth")["stage"] == "full_sft"
+    same_logits(model, load_model(tmp_path / "merged.pth"), 1e-2)  # half precision between them
+
+    monkeypatch.setattr(convert_model, "merge_lora", lambda model: merge_lora(load_model(tmp_path / "m.pth")))
+    with pytest.raises(BadExport, match="merged, float32 differs"):
+        convert(*merge_command, tmp_path / "bad.pth")
+    assert not (tmp_path / "bad.pth").exists()
+
+
+def test_lora_to_peft_and_back_bitwise(tmp_path, convert, capsys, monkeypatch):
+    import peft
+
+    model = saved(tmp_path / "m.pth")
+    adapter(tmp_path / "tea.pth", model, target_modules=("q_proj", "v_proj", "down_proj"))
+    base = ("--model", tmp_path / "m.pth")
+    convert("lora-to-peft", *base, "--lora", tmp_path / "tea.pth", "--to", tmp_path / "peft")
+    assert "peft, float32: largest logit difference" in capsys.readouterr().out
+    find = checks.importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+        convert("lora-to-peft", *base, "--lora", tmp_path / "tea.pth", "--to", tmp_path / "peft", "--overwrite")
+    out = capsys.readouterr().out
+    assert "peft itself was not run" in out and "read back, float32: largest logit difference" in out
+    theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "m.pth"), tmp_path / "peft").eval()
+    same_logits(model, theirs)
+    convert("lora-from-peft", *base, "--lora", tmp_path / "peft", "--to", tmp_path / "back.pth")
+    first, second = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("tea", "back"))
+    assert first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+    again = load_model(tmp_path / "m.pth")
+    assert load_lora(again, tmp_path / "back.pth").alpha == 6.0
+
+    def spoil(model, folder, config):
+        save_peft(model, folder, LoraConfig(config.rank, 2 * config.alpha, 0.0, config.target_modules))
+
+    monkeypatch.setattr(convert_model, "save_peft", spoil)
+    with pytest.raises(BadExport, match="peft, float32 differs"):
+        convert("lora-to-peft", *base, "--lora", tmp_path / "tea.pth", "--to", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    with pytest.raises(UserError, match="a folder is written here"):
+        convert("lora-to-peft", *base, "--lora", tmp_path / "tea.pth", "--to", tmp_path / "x.pth")
+    with pytest.raises(UserError, match="a file that ends in .pth"):
+        convert("lora-from-peft", *base, "--lora", tmp_path / "peft", "--to", tmp_path / "x")
+
+
+def test_adapter_of_peft_on_the_stock_folder(tmp_path, convert):
+    """Trained by peft on the Llama that was exported, it works on our own model: the names are the same."""
+    import peft
+
+    saved(tmp_path / "m.pth")
+    convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "llama")
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+    theirs = peft.get_peft_model(
+        llama, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["k_proj", "gate_proj"])
+    ).eval()
+    torch.manual_seed(0)
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            p.data.copy_((torch.randn(p.shape) * 0.1).half())
+    theirs.save_pretrained(tmp_path / "adapter")
+    convert(
+        "lora-from-peft", "--model", tmp_path / "m.pth", "--lora", tmp_path / "adapter", "--to", tmp_path / "ours.pth"
+    )  # fmt: skip
+    model = load_model(tmp_path / "m.pth")
+    load_lora(model, tmp_path / "ours.pth")
+    same_logits(model, theirs)
+
+
+# Model card, command line
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_word_embeddings": False}, {"use_moe": True}, {"use_moe": True, "n_shared_experts": 0}]
+)
+def test_parameters_on_the_card_are_the_parameters(fields):
+    model = tiny(**fields)
+    assert parameters(model.config) == sum(p.numel() for p in model.parameters())
+    assert parameters(MiniMindConfig()) == 25_829_888
+
+
+def test_stage_of_a_stranger_cannot_write_into_the_card(tmp_path, convert):
+    saved(tmp_path / "m.pth", {"stage": "<script>alert(1)</script>\n# x"})
+    convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "s")
+    assert "script" not in (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
+
+
+def test_newest_weights_and_stages_are_found(tmp_path, convert, capsys, monkeypatch):
+    saved(tmp_path / "full_sft_64.pth")
+    for model in ((), ("--model", "full_sft")):
+        convert("to-pth", *model, "--out_dir", tmp_path, "--to", tmp_path / "x" / "new.pth", "--overwrite")
+        assert f"reading {tmp_path / 'full_sft_64.pth'}" in capsys.readouterr().out
+    monkeypatch.setattr(convert_model, "ROOT", tmp_path)
+    convert("to-stock", "--out_dir", tmp_path)
+    assert (tmp_path / "out" / "export" / "full_sft_64-llama" / "config.json").is_file()
+
+
+def test_errors_of_the_command_line(tmp_path, convert, capsys):
+    saved(tmp_path / "m.pth")
+    bad_tokenizer = tmp_path / "wide"
+    saved(tmp_path / "narrow.pth", vocab_size=100)
+    reward = tiny()
+    reward.score = torch.nn.Linear(64, 1, bias=False)
+    save_weights(reward, tmp_path / "reward.pth")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "gpt" / "pytorch_model.bin")
+    (tmp_path / "none").mkdir()
+    here, target = ("--model", tmp_path / "m.pth"), ("--to", tmp_path / "new")
+    cases = [
+        (("to-stock", "--model", "nothing.pth", *target), "nothing.pth does not exist; expected a path or a stage"),
+        (("to-stock", "--out_dir", tmp_path / "empty", *target), "no weights in"),
+        (("to-stock", "--model", tmp_path / "narrow.pth", *target), "trained with 100"),
+        (("to-stock", "--model", tmp_path / "reward.pth", *target), "reward model"),
+        (("to-stock", "--model", tmp_path / "gpt", *target), "type 'gpt2'; read here"),
+        (("to-stock", "--model", tmp_path / "none", *target), "no config.json"),
+        (("to-stock", *here, "--to", tmp_path / "new.pth"), "a folder is written here"),
+        (("to-pth", *here, "--to", tmp_path / "new"), "ends in .pth"),
+        (("to-pth", *here, "--to", tmp_path / "m.pth"), "exists already"),
+        (("to-pth", *here, "--to", tmp_path / "m.pth", "--overwrite"), "is or holds the source"),
+        (("to-stock", *here, *target, "--tokenizer", bad_tokenizer), "no tokenizer.json"),
+        (("merge-lora", *here, "--lora", tmp_path / "no.pth", "--to", tmp_path / "y.pth"), "does not exist"),
+    ]
+    for arguments, words in cases:
+        with pytest.raises((UserError, WeightsError), match=words) as caught:
+            convert(*arguments)
+        assert "\n" not in str(caught.value)
+    for text, words in (("", "is empty"), (None, "cannot be read")):
+        if text is not None:
+            (tmp_path / "t.txt").write_text(text)
+        with pytest.raises(UserError, match=words):
+            verify.read_texts(tmp_path / ("t.txt" if text is not None else "u.txt"))
+    for wrong in (["to-gguf", "--dtype", "q4"], ["to-pth"], ["fly"]):
+        with pytest.raises(SystemExit) as stop:
+            convert_model.main(wrong)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        convert_model.main([])
+    assert stop.value.code == 0 and "to-gguf" in capsys.readouterr().out
+    assert not left_over(tmp_path)
+
+
+def test_runs_from_another_folder_and_fails_with_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "convert_model.py"), "to-stock", "--model", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: --model nothing does not")
+    assert "Traceback" not in done.stderr
+
+
+def test_gguf_without_its_package(monkeypatch, tmp_path, convert):
+    find = convert_model.importlib.util.find_spec
+    monkeypatch.setattr(convert_model.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(UserError, match="pip install gguf"):
+        convert("to-gguf", "--to", tmp_path / "x")
+
+
+def test_the_stock_configuration_is_one_that_transformers_knows(tmp_path, convert):
+    saved(tmp_path / "m.pth", use_moe=True)
+    convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "granite")
+    config = AutoConfig.from_pretrained(tmp_path / "granite")
+    assert config.attention_multiplier == 0.25 and config.logits_scaling == 1.0 and config.num_local_experts == 4
