@@ -137,7 +137,7 @@ def validate(model, dataset, run, args) -> dict[str, float] | None:
         return None
     model.eval()
     sums: dict[str, Tensor] = {}
-    mine = list(range(run.rank, rows, run.world_size))
+    mine = utils.rows_of_rank(rows, run)
     for start in range(0, len(mine), args.batch_size):
         batch = dataset.collate([dataset[row] for row in mine[start : start + args.batch_size]])
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}

@@ -544,6 +544,15 @@ def ignore_signals(worker: int) -> None:
 # --------------------------------------------------------------------------------------------------------- validation
 
 
+def rows_of_rank(rows: int, run: Run) -> list[int]:
+    """The held-out rows that this rank reads; -1, a row of padding, where others have one more.
+
+    Under ZeRO 3 a forward pass is a collective, so all ranks make the same number.
+    """
+    mine = list(range(run.rank, rows, run.world_size))
+    return mine + [-1] * (-(-rows // run.world_size) - len(mine))
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module,
@@ -565,7 +574,7 @@ def validate(
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    mine = list(range(run.rank, rows, run.world_size))
+    mine = rows_of_rank(rows, run)
     for start in range(0, len(mine), batch_size):
         batch = dataset.collate([dataset[row] for row in mine[start : start + batch_size]])
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}

@@ -22,7 +22,8 @@ from model.weights import WeightsError
 from scripts.converting.folders import read_config_from
 from trainer.command_line import UserError
 
-# What its files hold beside tensors, seen at stages 0 to 3; the last with float16. They only keep numbers and names.
+# What its files hold beside tensors at stages 0 to 3; the last stands for float16, which needs a GPU and was not tried.
+# They only keep numbers and names.
 KNOWN_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
