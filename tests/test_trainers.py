@@ -595,9 +595,7 @@ def test_a_cut_while_saving_leaves_a_whole_state(moment, files, reference, tmp_p
         elif moment == "between state and its sum":
             patch.setattr(checkpoint, "sha256_of", lambda path: cut() if "10.pt" in path.name else real["sum"](path))
         else:
-            patch.setattr(
-                checkpoint, "save_state", lambda *args: cut() if args[3] == 10 else real["state"](*args)
-            )
+            patch.setattr(checkpoint, "save_state", lambda *args: cut() if args[3] == 10 else real["state"](*args))
         with pytest.raises(PowerCut):
             train(train_pretrain, reference_flags(files, tmp_path))
     if moment == "in the state":
