@@ -148,7 +148,8 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
     optimizer = make_optimizer(raw_model, recipe.weight_decay, run.device, recipe.optimizer, run.dtype)
     nll, bytes_of = NLL[args.stage], token_bytes(tokenizer)
     compiles = recipe.plumbing and args.compile
-    model, fast_nll = utils.compile_and_wrap(raw_model, nll, run, argparse.Namespace(compile=compiles))
+    plain = argparse.Namespace(compile=compiles, deepspeed=None, checkpoint_activations=False)
+    model, fast_nll = utils.compile_and_wrap(raw_model, optimizer, nll, run, plain)
 
     order = argparse.Namespace(batch_size=recipe.batch_size, accumulation_steps=recipe.accumulation)
     names = ("input_ids", "position_ids", "documents") if recipe.packed else ("input_ids",)

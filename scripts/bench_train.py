@@ -56,9 +56,9 @@ def measure(case: dict) -> dict:
     run = utils.Run(case["device"], case["dtype"], seed=0)
     config = read_size(case["size"])
     raw_model = MiniMindForCausalLM(config).to(run.device).train()
-    args = argparse.Namespace(compile=case["compile"])
-    model, nll = utils.compile_and_wrap(raw_model, summed_nll, run, args)
     optimizer = make_optimizer(raw_model, 0.1, run.device, case["optimizer"], run.dtype)
+    args = argparse.Namespace(compile=case["compile"], deepspeed=None, checkpoint_activations=False)
+    model, nll = utils.compile_and_wrap(raw_model, optimizer, summed_nll, run, args)
     shape = (case["batch_size"], case["seq_len"])
     input_ids = torch.randint(3, config.vocab_size, shape, device=run.device)
     # Two documents a row, so that the attention mask of packed rows is paid for.

@@ -253,7 +253,7 @@ def test_help(script, monkeypatch, capsys):
 def plan(rows: int, world: int = 1, **given) -> argparse.Namespace:
     args = argparse.Namespace(
         batch_size=32, accumulation_steps=None, epochs=1, max_steps=None, warmup_iters=None, data_path="d.jsonl",
-        max_seq_len=512,
+        max_seq_len=512, saved_rows=None,
     )  # fmt: skip
     vars(args).update(given)
     utils.plan_updates(args, rows, one_process(world_size=world))
@@ -487,8 +487,20 @@ def test_validation_against_a_naive_loop():
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
+class RowsAndPadding(Rows):
+    """Row -1 is padding, as in a packed data set."""
+
+    def __getitem__(self, row: int) -> dict:
+        found = super().__getitem__(row)
+        if row >= 0:
+            return found
+        return {name: torch.full_like(tensor, IGNORE if name == "labels" else 0) for name, tensor in found.items()} | {
+            "documents": torch.full_like(found["documents"], -1)
+        }
+
+
 def test_validation_shares_the_rows_among_ranks():
-    model, rows, bytes_of = tiny(), packed_rows(5), torch.ones(V, dtype=torch.long)
+    model, rows, bytes_of = tiny(), RowsAndPadding(packed_rows(5)), torch.ones(V, dtype=torch.long)
     parts = []
     for rank in range(3):
         run = one_process(rank, 3)

@@ -265,6 +265,12 @@ def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> boo
     return bool(possible and run.dtype == torch.bfloat16 and planned_tokens >= 1_000_000)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Of each block only the input is kept for the way back (Chen et al. 2016, arXiv:1604.06174)."""
+    newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+    (newer or model.gradient_checkpointing_enable)()
+
+
 def compile_and_wrap(
     raw_model: nn.Module, optimizer: Optimizer, nll: Callable | None, run: Run, args: argparse.Namespace
 ) -> tuple[nn.Module, Callable[..., Tensor] | None]:
@@ -274,7 +280,7 @@ def compile_and_wrap(
     for pieces of any size, and then never holds float32 logits.
     """
     if args.checkpoint_activations:
-        raw_model.gradient_checkpointing_enable()
+        checkpoint_activations(raw_model)
     looping = False
     for module in raw_model.modules():
         if isinstance(module, MOEFeedForward):  # settled here: the compiler cannot follow questions about the device
