@@ -74,7 +74,8 @@ def start(host: str, card: str, data: Path, out_dir: Path) -> subprocess.Popen:
 
 def flags(data: Path, out_dir: Path, batch_size: int) -> list[str]:
     words = f"--hidden_size 64 --num_hidden_layers 2 --max_seq_len 64 --batch_size {batch_size} --accumulation_steps 1"
-    words += f" --epochs 20 --max_steps {STEPS} --save_interval 20 --log_interval 1 --val_interval 0 --device cpu"
+    words += f" --epochs 20 --max_steps {STEPS} --save_interval 20 --log_interval 1 --val_interval 0"
+    words += " --device cpu --rank_timeout 15"
     return [*words.split(), "--no-compile", "--optimizer", "adamw", "--data_path", str(data), "--out_dir", str(out_dir)]
 
 

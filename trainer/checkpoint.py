@@ -40,7 +40,8 @@ from trainer import zero
 from trainer.command_line import UserError, check_writable
 from trainer.trainer_utils import Run
 
-PER_START = ("resume", "out_dir", "device", "force", "local_rank")  # flags that a resumed run does not take over
+# flags that a resumed run does not take over
+PER_START = ("resume", "out_dir", "device", "force", "local_rank", "rank_timeout")
 
 
 @dataclass

@@ -235,7 +235,7 @@ def main() -> None:
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
 
     # 3. Model: the teacher, and a student, by default of half its width and depth
     transformers_logging.disable_progress_bar()

@@ -241,7 +241,7 @@ def main() -> None:
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
 
     # 3. Model: the reference, frozen, and a copy that learns
     tokenizer = checkpoint.start_tokenizer(args)

@@ -126,7 +126,7 @@ def main() -> None:
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
 
     # 3. Model: weights that know their configuration
     tokenizer = checkpoint.start_tokenizer(args)

@@ -212,7 +212,7 @@ def main() -> None:
         raise UserError("--num_generations 1: GRPO compares the answers to a question; give 2 or more.")
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
     rewards = parse_rewards(args.rewards, str(run.device))
 
     # 3. Model: the reference, frozen, and a copy that learns

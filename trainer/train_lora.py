@@ -133,7 +133,7 @@ def main() -> None:
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
 
     # 3. Model: the base, frozen, and a new adapter, which changes nothing yet
     tokenizer = checkpoint.start_tokenizer(args)

@@ -237,7 +237,7 @@ def main() -> None:
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
     rewards = parse_rewards(args.rewards, str(run.device))
 
     # 3. Model: the reference, frozen, and a copy that learns

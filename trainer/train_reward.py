@@ -167,7 +167,7 @@ def main() -> None:
     args = checkpoint.parse_flags(parser, STAGE)
 
     # 2. Process and seed
-    run = utils.Run(args.device, args.dtype, args.seed)
+    run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
 
     # 3. Model: a trained backbone and one new row of weights, which begins at 0: every score is the same
     tokenizer = checkpoint.start_tokenizer(args)

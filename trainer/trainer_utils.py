@@ -79,6 +79,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="arithmetic under autocast")
     machine.add_argument("--compile", action=BoolFlag, help="torch.compile; default on where it pays")
     activations = "keep each block's input only and compute the rest again on the way back: less memory, a third slower"
+    wait = "seconds after which a rank that waits for another gives up; torchrun --max-restarts then starts anew"
+    machine.add_argument("--rank_timeout", type=positive, default=600, help=wait)
     machine.add_argument("--checkpoint_activations", action=BoolFlag, default=False, help=activations)
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="weights and run folders, for example out")
@@ -108,7 +110,7 @@ class Run:
     Started with `python` there is one process; under torchrun one per device (nccl between cards, gloo between hosts).
     """
 
-    def __init__(self, device: str | None, dtype: str, seed: int, keep_memory: bool = True):
+    def __init__(self, device: str | None, dtype: str, seed: int, rank_timeout: float = 600, keep_memory: bool = True):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -130,8 +132,8 @@ class Run:
         if self.world_size > 1:
             # Counts are summed between the hosts, by gloo: nccl would wait for all that the device has in hand.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            # Other ranks wait while rank 0 tokenises a large file, hence the generous limit.
-            dist.init_process_group(backend, timeout=timedelta(hours=4))
+            dist.init_process_group(backend, timeout=timedelta(seconds=rank_timeout))
+            self.patient = dist.new_group(timeout=timedelta(hours=4))  # while rank 0 tokenises a large file
         # float16 starts with a scale that overflows a few times until it fits
         self.skips_allowed = 25 if self.dtype == torch.float16 else 5
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -163,10 +165,10 @@ class Run:
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block before the others, which then find its work done."""
         if self.world_size > 1 and not self.is_main:
-            dist.barrier()
+            dist.barrier(self.patient)
         yield
         if self.world_size > 1 and self.is_main:
-            dist.barrier()
+            dist.barrier(self.patient)
 
     @property
     def zero_stage(self) -> int:
