@@ -869,6 +869,7 @@ def test_a_run_on_a_card_names_the_card(given, rank, world, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     monkeypatch.setattr(utils.dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(utils.dist, "new_group", lambda **kwargs: None)
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)):
         monkeypatch.setenv(name, str(value))
     run = utils.Run(given, "auto", 0)
