@@ -223,7 +223,7 @@ def main() -> None:
         description="Proximal policy optimisation (PPO).", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     utils.add_shared_flags(
-        parser, epochs=1, learning_rate=1e-4, max_seq_len=512, optimizer="adamw", weight_decay=0.0, batch_size=32,
+        parser, epochs=1, learning_rate=3e-5, max_seq_len=512, optimizer="adamw", weight_decay=0.0, batch_size=32,
         accumulation_steps=1, val_ratio=0.05, log_interval=1, val_interval=20, save_interval=20,
     )  # fmt: skip
     parser.add_argument("--from_weight", default="reason", help="the policy to begin with: a stage or a file")
