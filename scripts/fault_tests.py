@@ -204,14 +204,14 @@ def sigterm(scene: Scene) -> Outcome:
 
 def damaged(name: str, damage: Callable[[bytes], bytes]) -> Callable[[Scene], Outcome]:
     def fault(scene: Scene) -> Outcome:
-        out_dir = scene.copy(name.replace(" ", "_"))
-        newest, before = scene.states(out_dir)[-1], len(scene.states(out_dir))
+        out_dir = scene.folder / name.replace(" ", "_")
+        shutil.copytree(scene.whole, out_dir)
+        before, newest = scene.states(out_dir)  # the last two saves of the finished run
         newest.write_bytes(damage(newest.read_bytes()))
-        # One whole state is left only where two were kept; else the damage has to be said.
-        said = scene.finish(scene.start(out_dir, "--resume"), 0 if before > 1 else 2)
-        told = "incomplete or damaged" in said
-        good = told and (before == 1 or scene.same(out_dir))
-        happened = f"detected: {told}; the state before it was used, weights in the end {equal(good)}"
+        said = scene.finish(scene.start(out_dir, "--resume"))
+        told = "incomplete or damaged" in said and f"resumed at update {int(before.stem[5:])}," in said
+        good = told and scene.same(out_dir)
+        happened = f"detected, and the state before it used: {told}; weights in the end {equal(good)}"
         return Outcome(name, happened, good, {})
 
     return fault

@@ -78,7 +78,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     machine.add_argument("--device", help="cuda, cuda:1, mps or cpu; default the best there is")
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="arithmetic under autocast")
     machine.add_argument("--compile", action=BoolFlag, help="torch.compile; default on where it pays")
-    activations = "keep each block's input only and compute the rest again on the way back: less memory, a third slower"
+    activations = "keep each block's input only and compute the rest again on the way back: less memory, slower"
     wait = "seconds after which a rank that waits for another gives up; torchrun --max-restarts then starts anew"
     machine.add_argument("--rank_timeout", type=positive, default=600, help=wait)
     machine.add_argument("--checkpoint_activations", action=BoolFlag, default=False, help=activations)
@@ -185,7 +185,7 @@ class Run:
     def sync_only_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients only in the last micro-batch of an update."""
         if self.engine:
-            self.engine.engine.set_gradient_accumulation_boundary(last)
+            self.engine.exchange_only_if(last)
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last or self.world_size == 1 else model.no_sync()
 
@@ -206,7 +206,7 @@ class Run:
         if self.world_size > 1:
             dist.barrier()
         if self.engine:
-            self.engine.engine.destroy()
+            self.engine.close()
         if status or dist.is_initialized():
             leave(status)
 
