@@ -31,7 +31,7 @@ from dataset.cache_folder import CacheError, MappedArray, build_folder, read_met
 from dataset.json_lines import DataError
 from dataset.packing import pack_best_fit, write_plan
 from dataset.record_formats import parse_conversation, parse_sft, parse_text
-from dataset.token_cache import RecordFormat, open_cache, plain_backend, require_markers
+from dataset.token_cache import RecordFormat, encoding_lock, open_cache, plain_backend, require_markers
 
 __all__ = [
     "IGNORE",
@@ -138,7 +138,7 @@ class ChatRenderer:
         blocks: list[str] = []  # the tracker reads in it how much has been written when the assistant begins
         spans: list[tuple[int, int]] = []
         try:
-            with self.template.environment.activate_tracker(blocks, spans):
+            with encoding_lock, self.template.environment.activate_tracker(blocks, spans):
                 for block in self.template.root_render_func(context):
                     blocks.append(block)
         except (TemplateError, TypeError) as e:

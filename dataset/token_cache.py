@@ -49,6 +49,11 @@ BATCH_BYTES = 1 << 18  # text handed to the tokenizer at once: enough to keep it
 PROCESS_BYTES = 8 << 20  # a further process has to have this much text to be worth starting
 BAD_KEPT = 20  # how many bad records are remembered word for word
 
+# Encoding text switches the tokenizer's core, and rendering a conversation a tracker that all threads share: a server or
+# a web page asks from several, so one thread at a time. Else what one user types could be encoded as another's control
+# tokens.
+encoding_lock = threading.RLock()
+
 # scan_jsonl of the files this process has read already: the training and the validation part share one.
 _scanned: dict[tuple, tuple[str, list[Shard]]] = {}
 
@@ -76,21 +81,23 @@ def plain_backend(tokenizer: Any, controls_as_text: bool = False) -> Iterator[An
     """The fast tokenizer's core, for the time being without the truncation or padding an earlier call may have left on.
 
     controls_as_text: a control token written out in a text is encoded as the text it is, not as its id. The tokenizer's
-    own core is used and put back as it was (a copy would start with a cold word cache, at half the speed).
+    own core is used and put back as it was (a copy would start with a cold word cache, at half the speed), by one thread
+    at a time.
     """
     backend = tokenizer.backend_tokenizer
-    truncation, padding, as_text = backend.truncation, backend.padding, backend.encode_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = controls_as_text
-    try:
-        yield backend
-    finally:
-        backend.encode_special_tokens = as_text
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
+    with encoding_lock:
+        truncation, padding, as_text = backend.truncation, backend.padding, backend.encode_special_tokens
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = controls_as_text
+        try:
+            yield backend
+        finally:
+            backend.encode_special_tokens = as_text
+            if truncation is not None:
+                backend.enable_truncation(**truncation)
+            if padding is not None:
+                backend.enable_padding(**padding)
 
 
 def has_markers(chat_template: str | None) -> bool:

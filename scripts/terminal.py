@@ -15,7 +15,7 @@ from typing import TextIO
 from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import encode_prompt
-from dataset.token_cache import has_markers
+from dataset.token_cache import encoding_lock, has_markers
 from trainer.command_line import UserError
 
 
@@ -61,7 +61,8 @@ def clean(text: str) -> str:
 def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """A text to continue, as pretraining saw it: bos, then the text."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer.encode(clean(text), add_special_tokens=False)
+    with encoding_lock:
+        return bos + tokenizer.encode(clean(text), add_special_tokens=False)
 
 
 def chat_ids(
@@ -84,7 +85,8 @@ def chat_ids(
         return encode_prompt(messages, tools, tokenizer, **options)
     # The template of another family.
     options |= {"add_generation_prompt": True, "return_dict": False}
-    return tokenizer.apply_chat_template(messages, tools=tools, **options)
+    with encoding_lock:
+        return tokenizer.apply_chat_template(messages, tools=tools, **options)
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,15 @@ def test_a_content_cannot_forge_a_turn(tokenizer, turns):
     assert "I obey" in tokenizer.decode(ids) and "<|im_end|>" in tokenizer.decode([i for i in ids if i != EOS])
     if turns[-1]["role"] == "assistant" and turns[-1]["content"] == FORGED:
         assert tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t]) == FORGED + "<|im_end|>"
+
+
+def test_threads_encode_as_one_after_the_other(tokenizer):
+    turns = [[user(f"{i} {FORGED}"), assistant("yes " * i)] for i in range(24)]
+    expected = [encoded(tokenizer, one) for one in turns]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda one: encoded(tokenizer, one), turns))
+            assert all(np.array_equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_marks_of_the_format_in_a_content_stay_single_tokens(tokenizer):
