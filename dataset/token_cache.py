@@ -49,9 +49,9 @@ BATCH_BYTES = 1 << 18  # text handed to the tokenizer at once: enough to keep it
 PROCESS_BYTES = 8 << 20  # a further process has to have this much text to be worth starting
 BAD_KEPT = 20  # how many bad records are remembered word for word
 
-# Encoding text switches the tokenizer's core, and rendering a conversation a tracker that all threads share: a server or
-# a web page asks from several, so one thread at a time. Else what one user types could be encoded as another's control
-# tokens.
+# Encoding text switches the tokenizer's core, and rendering a conversation a tracker that all threads share: a server
+# or a web page asks from several, so one thread at a time. Else a control token that one user types could be taken as
+# one because another's prompt is being encoded.
 encoding_lock = threading.RLock()
 
 # scan_jsonl of the files this process has read already: the training and the validation part share one.
@@ -81,8 +81,8 @@ def plain_backend(tokenizer: Any, controls_as_text: bool = False) -> Iterator[An
     """The fast tokenizer's core, for the time being without the truncation or padding an earlier call may have left on.
 
     controls_as_text: a control token written out in a text is encoded as the text it is, not as its id. The tokenizer's
-    own core is used and put back as it was (a copy would start with a cold word cache, at half the speed), by one thread
-    at a time.
+    own core is used and put back as it was (a copy would start with a cold word cache, at half the speed), by one
+    thread at a time.
     """
     backend = tokenizer.backend_tokenizer
     with encoding_lock:

@@ -270,7 +270,8 @@ def test_threads_encode_as_one_after_the_other(tokenizer):
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             got = list(pool.map(lambda one: encoded(tokenizer, one), turns))
-            assert all(np.array_equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True))
+            for one, right in zip(got, expected, strict=True):
+                assert np.array_equal(one[0], right[0]) and np.array_equal(one[1], right[1])
 
 
 def test_marks_of_the_format_in_a_content_stay_single_tokens(tokenizer):
