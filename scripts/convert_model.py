@@ -39,6 +39,7 @@ from scripts.converting import checks, stock_architectures, verify, zero_checkpo
 from scripts.converting.folders import (
     Source,
     build_model,
+    model_type,
     new_place,
     open_source,
     read_config_from,
@@ -255,7 +256,7 @@ def lora_from_peft(args: argparse.Namespace) -> None:
 
 
 def verify_export(args: argparse.Namespace) -> None:
-    """Compares it with the original, rounded as it is."""
+    """Compares it, tokenizer included, with the original rounded as it is. Code in a folder is not run."""
     steps, export = Steps(2), args.export
     source, path = open_model(args, steps)
     if not export.exists():
@@ -263,18 +264,22 @@ def verify_export(args: argparse.Namespace) -> None:
     steps.say(f"comparing {export} with {path} on real text")
     if export.is_dir() and (files := sorted(export.glob("*.gguf"))):
         export = files[0]
-    _, rows = checks.rows_to_compare(source, args.verify_text)
     if export.suffix == ".gguf":
         gguf_export = gguf_module()
-        state, kind = gguf_export.read_gguf(export, source.config)
-        found = build_model(source.config, state, export)
+        _, kind = gguf_export.open_gguf(export)
         reference = build_model(source.config, gguf_export.round_as_gguf(source.model.state_dict(), kind), path)
-    else:
-        other = open_source(export)
-        found, kind, reference = other.model, name_of(other.dtype), rounded(source.model, other.dtype)
+        checks.check_gguf(source, reference, export, kind, args.verify_text)
+        return
+    other = open_source(export)
+    reference, kind = rounded(source.model, other.dtype), name_of(other.dtype)
+    if export.is_dir() and model_type(export) in stock_architectures.ARCHITECTURES:  # as everybody else loads it
+        checks.check_folder(source, reference, export, kind, False, args.verify_text)
+        return
+    texts, rows = checks.rows_to_compare(source, args.verify_text)
     expected = verify.logits_of(reference, rows, "original")
-    verify.check("the export, float32", expected, verify.logits_of(found, rows, "export"))
+    verify.check("the export, float32", expected, verify.logits_of(other.model, rows, "export"))
     verify.report_rounding(kind, verify.logits_of(source.model, rows, "original"), expected)
+    verify.check_tokenizer(verify.tokenizer_facts(other.tokenizer, texts), source.tokenizer, texts)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

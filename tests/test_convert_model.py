@@ -22,11 +22,12 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, load_tokenizer, read_about, save_weights
 from scripts import convert_model
 from scripts.converting import checks, folders, gguf_export, llama_cpp_check, stock_architectures, verify
-from scripts.converting.model_card import parameters
+from scripts.converting.model_card import model_card, parameters
 from scripts.converting.verify import BadExport
 from trainer.command_line import UserError
 
 V = 6400  # the shipped tokenizer
+SMALL = 300  # 3 control tokens, 8 tags, 256 bytes, some merges
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ODD_YARN = {**YARN, "beta_fast": 3.0, "beta_slow": 0.5, "attention_factor": 1.3}
 LINEAR, NTK = {"type": "linear", "factor": 3.0}, {"type": "ntk", "factor": 4.0}
@@ -55,6 +56,30 @@ def ids(*shape: int) -> torch.Tensor:
     return torch.randint(3, V, shape, generator=torch.Generator().manual_seed(1))
 
 
+def altered(tokenizer_change, folder: Path):
+    """The shipped tokenizer with a changed tokenizer.json."""
+    folder.mkdir()
+    backend = json.loads((ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer_change(backend)
+    (folder / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
+    shutil.copy(ROOT / "model" / "tokenizer_config.json", folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory):
+    """One with few merges: gguf reads its lists 20 times faster."""
+
+    def cut(backend):
+        model = backend["model"]
+        vocab = {token: i for token, i in model["vocab"].items() if i < SMALL}
+        model.update(vocab=vocab, merges=[pair for pair in model["merges"] if "".join(pair) in vocab])
+
+    tokenizer = altered(cut, tmp_path_factory.mktemp("x") / "small")
+    assert len(tokenizer) == SMALL and tokenizer.decode(tokenizer.encode("你 a1")) == "你 a1"
+    return tokenizer
+
+
 @pytest.fixture
 def text_file(tmp_path) -> str:
     path = tmp_path / "text.txt"
@@ -76,6 +101,10 @@ def saved(path: Path, about: dict | None = None, **fields) -> MiniMindForCausalL
     model = tiny(**fields)
     save_weights(model, path, {"stage": "full_sft", **(about or {})})
     return model
+
+
+def saved_small(path: Path, tokenizer, **fields) -> MiniMindForCausalLM:
+    return saved(path, {"tokenizer": tokenizer.name_or_path}, vocab_size=SMALL, **fields)
 
 
 def left_over(folder: Path) -> list[str]:
@@ -145,7 +174,8 @@ def test_what_a_stock_folder_carries(tmp_path, convert):
     assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 4.0
     assert config["dtype"] == "bfloat16" and config["tie_word_embeddings"] is True and "auto_map" not in config
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
-    assert loaded.dtype == torch.bfloat16 and loaded.config.max_position_embeddings == 32768
+    # Trained positions times the factor: some releases of transformers 4 compute the factor from it.
+    assert loaded.dtype == torch.bfloat16 and loaded.config.max_position_embeddings == 4 * 32
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
     assert loaded.generation_config.eos_token_id == 2 and loaded.generation_config.temperature == 0.85
     tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "llama"), load_tokenizer()
@@ -240,32 +270,30 @@ def test_tensors_too_many_or_too_few_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_remote_code_folder_loads_in_a_clean_process(tmp_path, convert, capsys):
+def test_remote_code_folder_loads_in_a_clean_process(tmp_path, convert, capsys, monkeypatch):
     """A mixture of experts that no stock architecture can express."""
-    model = saved(tmp_path / "m.pth", use_moe=True, norm_topk_prob=False, rope_scaling=YARN)
+    model, found = saved(tmp_path / "m.pth", use_moe=True, norm_topk_prob=False, rope_scaling=YARN), {}
+    own = f"""
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+assert not any(m == "model" or m.startswith(("model.", "scripts", "trainer")) for m in sys.modules)
+assert not any(p.startswith({str(ROOT)!r}) and "site-packages" not in p for p in sys.path if ".venv" not in p), sys.path
+"""
+    monkeypatch.setattr(verify, "CLEAN_CODE", verify.CLEAN_CODE + own)  # in the process that checks the export anyway
+    run = verify.run_clean
+
+    def kept(folder, rows, texts):
+        found.update(rows=rows, texts=texts, answer=run(folder, rows, texts))
+        return found["answer"]
+
+    monkeypatch.setattr(verify, "run_clean", kept)
     convert("to-transformers", "--model", tmp_path / "m.pth", "--to", tmp_path / "own")
     assert capsys.readouterr().out.count(": good") == 1
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "local = dict(trust_remote_code=True, local_files_only=True)\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, **local).eval()\n"
-        "ids = AutoTokenizer.from_pretrained(sys.argv[1], **local)('今天 is 3', return_tensors='pt')['input_ids']\n"
-        "torch.save((ids, model(ids).logits.detach(), type(model).__module__), sys.argv[2])\n"
-        "assert not any(m == 'model' or m.startswith(('model.', 'scripts', 'trainer')) for m in sys.modules)\n"
-        "assert not any(p.startswith(sys.argv[3]) and 'site-packages' not in p for p in sys.path), sys.path\n"
-    )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    arguments = [str(tmp_path / "own"), str(tmp_path / "found.pt"), str(ROOT / "model")]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    tokens, logits, module = torch.load(tmp_path / "found.pt", weights_only=True)
-    assert module.startswith("transformers_modules.")
-    assert tokens[0].tolist() == load_tokenizer().encode("今天 is 3")
-    torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+    logits, tokens = found["answer"]
+    for row, its in zip(found["rows"], logits, strict=True):
+        torch.testing.assert_close(its, model(torch.tensor([row])).logits[0], rtol=1e-5, atol=1e-5)
+    tokenizer = load_tokenizer()
+    expected = [tokenizer.encode(text) for text in (*found["texts"], verify.ODD_TEXT)]
+    assert tokens[:-1] == expected and tokenizer.decode(tokens[-1]).endswith("你好<|im_end|>\n<|im_start|>assistant\n")
 
     convert("to-pth", "--model", tmp_path / "own", "--to", tmp_path / "back.pth")
     first, second = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("m", "back"))
@@ -369,7 +397,7 @@ def test_a_bad_folder_is_refused_and_the_old_one_stays(damage, reason, tmp_path,
         damage(folder)
 
     monkeypatch.setattr(convert_model, "write_folder", write_badly)
-    with pytest.raises(BadExport, match=reason):
+    with pytest.raises(BadExport, match=f"{reason}.*Nothing was written"):
         convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "llama", "--overwrite")
     assert {p.name: p.read_bytes() for p in (tmp_path / "llama").iterdir()} == before
     with pytest.raises(BadExport, match=reason):
@@ -377,8 +405,8 @@ def test_a_bad_folder_is_refused_and_the_old_one_stays(damage, reason, tmp_path,
     assert not (tmp_path / "second").exists() and not left_over(tmp_path)
 
 
-def test_a_bad_weight_file_and_a_bad_gguf_are_refused(tmp_path, convert, monkeypatch):
-    saved(tmp_path / "m.pth")
+def test_a_bad_weight_file_and_a_bad_gguf_are_refused(tmp_path, convert, monkeypatch, small_tokenizer):
+    saved_small(tmp_path / "m.pth", small_tokenizer)
     save, write = convert_model.save_weights, gguf_export.write_gguf
 
     def save_badly(model, path, about):
@@ -400,16 +428,14 @@ def test_a_bad_weight_file_and_a_bad_gguf_are_refused(tmp_path, convert, monkeyp
 
 def test_a_remote_code_folder_that_does_not_load_is_refused(tmp_path, convert, monkeypatch):
     saved(tmp_path / "m.pth")
-    broken = tmp_path / "model_minimind.py"
-    broken.write_text("raise SystemError('broken on purpose')\n", encoding="utf-8")
-    monkeypatch.setattr(folders, "REMOTE_CODE", broken)
+    monkeypatch.setattr(verify, "CLEAN_CODE", "raise SystemError('broken on purpose')")
     with pytest.raises(BadExport, match="does not load .*broken on purpose"):
         convert("to-transformers", "--model", tmp_path / "m.pth", "--to", tmp_path / "own")
     assert not (tmp_path / "own").exists()
 
 
-def test_verify_judges_what_is_there(tmp_path, convert, capsys):
-    saved(tmp_path / "m.pth")
+def test_verify_judges_what_is_there(tmp_path, convert, capsys, small_tokenizer):
+    saved_small(tmp_path / "m.pth", small_tokenizer)
     convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "llama", "--dtype", "bfloat16")
     convert("to-gguf", "--model", tmp_path / "m.pth", "--to", tmp_path / "gguf", "--dtype", "q8_0")
     capsys.readouterr()
@@ -420,11 +446,45 @@ def test_verify_judges_what_is_there(tmp_path, convert, capsys):
     corrupt_safetensors(tmp_path / "llama")
     with pytest.raises(BadExport, match="not the same model"):
         convert("verify", "--model", tmp_path / "m.pth", "--export", tmp_path / "llama")
-    saved(tmp_path / "other.pth", seed=1)
+    saved_small(tmp_path / "other.pth", small_tokenizer, seed=1)
     with pytest.raises(BadExport, match="not the same model"):
         convert("verify", "--model", tmp_path / "other.pth", "--export", tmp_path / "gguf" / "m-q8_0.gguf")
     with pytest.raises(UserError, match="does not exist"):
         convert("verify", "--model", tmp_path / "m.pth", "--export", tmp_path / "nowhere")
+    (tmp_path / "half.gguf").write_bytes((tmp_path / "gguf" / "m-q8_0.gguf").read_bytes()[:5000])
+    (tmp_path / "text.gguf").write_text("no GGUF", encoding="utf-8")
+    for name in ("half.gguf", "text.gguf"):
+        with pytest.raises(UserError, match="cut off, damaged or no GGUF"):
+            convert("verify", "--model", tmp_path / "m.pth", "--export", tmp_path / name)
+
+
+def test_verify_judges_the_tokenizer_too(tmp_path, convert, capsys, small_tokenizer):
+    """The same weights with another tokenizer are another model, whatever the form; nothing is said to be written."""
+    model = saved_small(tmp_path / "m.pth", small_tokenizer)
+    base = ("--model", tmp_path / "m.pth")
+    convert("to-stock", *base, "--to", tmp_path / "llama")
+    convert("to-gguf", *base, "--to", tmp_path / "gguf", "--dtype", "f32")
+    (tmp_path / "own").mkdir()
+    fields = {**model.config.to_diff_dict(), "model_type": "minimind"}
+    state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    source = folders.open_source(tmp_path / "m.pth")
+    folders.write_folder(tmp_path / "own", fields, state, torch.float16, source, remote_code=True)
+    broken = "raise SystemError('nothing of it is run')\n"
+    (tmp_path / "own" / "model_minimind.py").write_text(broken, encoding="utf-8")
+    convert("verify", *base, "--export", tmp_path / "own")
+    assert "tokenizer and chat template: the same tokens" in capsys.readouterr().out
+    shutil.copytree(small_tokenizer.name_or_path, tmp_path / "swapped")
+    swap_tokens(tmp_path / "swapped")
+    swap_tokens(tmp_path / "llama")
+    swap_tokens(tmp_path / "own")
+    for export, more, reason in (
+        ("llama", (), "reads .* as other tokens"),
+        ("own", (), "reads .* as other tokens"),
+        ("gguf", ("--tokenizer", tmp_path / "swapped"), "another tokenizer than the model's: ggml.tokens differ"),
+    ):
+        with pytest.raises(BadExport, match=reason) as caught:
+            convert("verify", *base, "--export", tmp_path / export, *more)
+        assert "Nothing was written" not in str(caught.value)
 
 
 # Where it is written
@@ -458,7 +518,7 @@ def test_only_conversions_are_replaced_and_never_a_source(tmp_path):
     home = tmp_path / "home"
     (home / "model").mkdir(parents=True)
     (home / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="does not look like a converted model"):
+    with pytest.raises(UserError, match="no conversion wrote letter.txt"):
         with folders.new_place(home, True):
             pass
     (home / "config.json").write_text("{}")
@@ -466,7 +526,15 @@ def test_only_conversions_are_replaced_and_never_a_source(tmp_path):
         with pytest.raises(UserError, match="is or holds the source"):
             with folders.new_place(home, True, (source,)):
                 pass
-    assert (home / "letter.txt").read_text() == "dear"
+    for there in ("letter.txt", "model"):  # a config.json alone makes no export of it
+        with pytest.raises(UserError, match=f"no conversion wrote {there}"):
+            with folders.new_place(home, True):
+                pass
+        (home / there).rename(tmp_path / there)
+    with folders.new_place(home / "x" / "..", True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (home / "config.json").read_text() == "new" and not left_over(tmp_path)
+    assert (tmp_path / "letter.txt").read_text() == "dear"
     file = tmp_path / "x.pth"
     file.write_text("old")
     with pytest.raises(UserError, match="exists already"):
@@ -538,50 +606,62 @@ def test_weights_that_do_not_fit_half_precision(tmp_path, convert):
     assert folders.rounded(big, torch.bfloat16).model.layers[0].mlp.up_proj.weight[0, 0] > 69_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_zero_checkpoint(stage, tmp_path, convert):
+@pytest.fixture(scope="module")
+def zero_checkpoints(tmp_path_factory) -> Path:
+    """A folder with `sized.pth` and, after one step at each stage of ZeRO, `runN/zero` and what it holds, `nowN.pt`."""
     pytest.importorskip("deepspeed", reason="needs the package deepspeed")
-    model = saved(tmp_path / "sized.pth")
+    folder = tmp_path_factory.mktemp("zero")
+    saved(folder / "sized.pth")
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import deepspeed, torch
 from model.weights import load_model
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an extension that is built for minutes
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-model = load_model({str(tmp_path / "sized.pth")!r}).train()
-settings = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": {stage}}}}}
-optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-ids = torch.arange(1, 25)[None]
-engine.backward(engine(ids, labels=ids).loss); engine.step()
-engine.save_checkpoint({str(tmp_path / "run" / "zero")!r})
-with deepspeed.zero.GatheredParameters(list(model.parameters())):
-    torch.save({{k: v.detach().clone() for k, v in model.state_dict().items()}}, {str(tmp_path / "now.pt")!r})
+for stage in (0, 2, 3):
+    model = load_model("sized.pth").train()
+    settings = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": stage}}}}
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    ids = torch.arange(1, 25)[None]
+    engine.backward(engine(ids, labels=ids).loss); engine.step()
+    engine.save_checkpoint(f"run{{stage}}/zero")
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        torch.save({{k: v.detach().clone() for k, v in model.state_dict().items()}}, f"now{{stage}}.pt")
 import os; os._exit(0)
 """
     environment = {
         **os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
         "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
-    assert (tmp_path / "now.pt").is_file(), done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )  # fmt: skip
+    assert (folder / "now3.pt").is_file(), done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zero_checkpoint(stage, zero_checkpoints, tmp_path, convert):
+    model, zero = load_model(zero_checkpoints / "sized.pth"), zero_checkpoints / f"run{stage}" / "zero"
     with pytest.raises(UserError, match="says how large the model is"):
-        convert("to-pth", "--model", tmp_path / "run" / "zero", "--to", tmp_path / "x.pth")
-    (tmp_path / "run" / "zero" / "step_00000001.json").write_text(
+        convert("to-pth", "--model", zero, "--to", tmp_path / "x.pth")
+    (zero / "step_00000001.json").write_text(
         json.dumps({"config": model.config.to_diff_dict(), "progress": {}}), encoding="utf-8"
     )
-    convert("to-pth", "--model", tmp_path / "run" / "zero", "--to", tmp_path / "joined.pth")
-    joined, expected = load_model(tmp_path / "joined.pth"), torch.load(tmp_path / "now.pt", weights_only=True)
+    convert("to-pth", "--model", zero, "--to", tmp_path / "joined.pth")
+    joined = load_model(tmp_path / "joined.pth")
+    expected = torch.load(zero_checkpoints / f"now{stage}.pt", weights_only=True)
     moved = 0
     for name, tensor in joined.state_dict().items():
         assert torch.equal(tensor, expected[name].half().float()), name
         moved += not torch.equal(tensor, model.state_dict()[name])
     assert moved > 10  # the update is in it
 
-    torch.save({"module": Trap(tmp_path / "sprung")}, next((tmp_path / "run" / "zero").rglob("*_model_states.pt")))
+    torch.save({"module": Trap(tmp_path / "sprung")}, next(zero.rglob("*_model_states.pt")))
     with pytest.raises(WeightsError, match="could not be joined"):
-        convert("to-pth", "--model", tmp_path / "run" / "zero", "--to", tmp_path / "x.pth")
+        convert("to-pth", "--model", zero, "--to", tmp_path / "x.pth")
     assert not (tmp_path / "sprung").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
@@ -694,6 +774,16 @@ def test_stage_of_a_stranger_cannot_write_into_the_card(tmp_path, convert):
     saved(tmp_path / "m.pth", {"stage": "<script>alert(1)</script>\n# x"})
     convert("to-stock", "--model", tmp_path / "m.pth", "--to", tmp_path / "s")
     assert "script" not in (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft"])
+def test_the_card_of_a_pretrained_model_promises_no_chat(stage, tmp_path):
+    save_weights(tiny(vocab_size=V), tmp_path / "m.pth", {"stage": stage})
+    source, chats = folders.open_source(tmp_path / "m.pth"), stage == "full_sft"
+    for form in ("m-f16.gguf", LLAMA, "minimind"):
+        card = model_card(source, form, "float16", [])
+        assert ("ChatML" in card) is chats and ("<|im_start|>Once upon" in card) is not chats
+        assert ("-cnv" in card or "apply_chat_template" in card) is chats and "<BOS>" not in card
 
 
 def test_newest_weights_and_stages_are_found(tmp_path, convert, capsys, monkeypatch):

@@ -7,6 +7,7 @@ What llama.cpp is needed for is skipped where llama-cpp-python is missing.
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_convert_model import LINEAR, NTK, ODD_YARN, YARN, V, convert, ids, saved, text_file, tiny  # noqa: F401
+from test_convert_model import (  # noqa: F401
+    LINEAR,
+    NTK,
+    ODD_YARN,
+    SMALL,
+    YARN,
+    V,
+    altered,
+    convert,
+    ids,
+    saved,
+    small_tokenizer,
+    text_file,
+    tiny,
+)
 from tokenizers import Tokenizer
 
 from model.generation import Decoder, Sampling
@@ -26,32 +41,7 @@ from scripts.converting import checks, folders, gguf_export, llama_cpp_check, ol
 from scripts.converting.verify import BadExport
 from trainer.command_line import UserError
 
-SMALL = 300  # 3 control tokens, 8 tags, 256 bytes, some merges
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_check.installed(), reason="needs the package llama-cpp-python")
-
-
-def altered(tokenizer_change, folder: Path):
-    """The shipped tokenizer with a changed tokenizer.json."""
-    folder.mkdir()
-    backend = json.loads((ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer_change(backend)
-    (folder / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
-    shutil.copy(ROOT / "model" / "tokenizer_config.json", folder)
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(tmp_path_factory):
-    """One with few merges: gguf reads its lists 20 times faster."""
-
-    def cut(backend):
-        model = backend["model"]
-        vocab = {token: i for token, i in model["vocab"].items() if i < SMALL}
-        model.update(vocab=vocab, merges=[pair for pair in model["merges"] if "".join(pair) in vocab])
-
-    tokenizer = altered(cut, tmp_path_factory.mktemp("x") / "small")
-    assert len(tokenizer) == SMALL and tokenizer.decode(tokenizer.encode("你 a1")) == "你 a1"
-    return tokenizer
 
 
 # GGUF, as a file
@@ -164,6 +154,11 @@ def test_a_gguf_of_another_model_is_noticed(small_tokenizer, tmp_path):
         config = MiniMindConfig(**{**model.config.to_diff_dict(), **change})
         with pytest.raises(BadExport, match=words):
             gguf_export.read_gguf(path, config)
+    assert gguf_export.read_gguf(path, model.config, small_tokenizer)[1] == "f32"
+    small_tokenizer.chat_template, kept = "{{ messages }}", small_tokenizer.chat_template
+    with pytest.raises(BadExport, match="another tokenizer than the model's: chat_template differ"):
+        gguf_export.read_gguf(path, model.config, small_tokenizer)
+    small_tokenizer.chat_template = kept
     there = {name: torch.zeros(1) for name in ("token_embd.weight", "output_norm.weight")}
     with pytest.raises(BadExport, match="lacks the tensor 'blk.0.attn_q"):
         gguf_export.our_names(model.config, there, path)
@@ -278,8 +273,13 @@ def test_what_llama_cpp_refuses_or_reads_otherwise_is_no_good_export(tmp_path, c
         patch.setattr(gguf_export, "pre_type", lambda tokenizer: "nobody-knows")
         with pytest.raises(BadExport, match="does not load"):
             convert(*command)
-    merges = gguf_export.GGUFWriter.add_token_merges
-    monkeypatch.setattr(gguf_export.GGUFWriter, "add_token_merges", lambda self, all: merges(self, all[::-1]))
+    vocabulary = gguf_export.vocabulary
+
+    def merged_otherwise(tokenizer, vocab_size):
+        tokens, types, merges = vocabulary(tokenizer, vocab_size)
+        return tokens, types, merges[::-1]
+
+    monkeypatch.setattr(gguf_export, "vocabulary", merged_otherwise)
     with pytest.raises(BadExport, match="llama.cpp reads .* as other tokens"):
         convert(*command)
     assert not (tmp_path / "x").exists()
@@ -331,10 +331,11 @@ To call one, give its name and arguments as JSON:
 {{ end }}{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}<|im_start|>user
 {{ $m.Content }}<|im_end|>
 {{ else if eq $m.Role "assistant" }}<|im_start|>assistant
-{{ $m.Content }}{{ range $j, $c := $m.ToolCalls }}{{ if or $m.Content $j }}
-{{ end }}<tool_call>
-{"name": "{{ $c.Function.Name }}", "arguments": {{ $c.Function.Arguments }}}
-</tool_call>{{ end }}<|im_end|>
+{{ $m.Content }}{{ if .ToolCalls }}{{ range $j, $c := .ToolCalls }}{{ if or $m.Content $j }}
+<tool_call>
+{"name": "{{ else }}<tool_call>
+{"name": "{{ end }}{{ $c.Function.Name }}", "arguments": {{ $c.Function.Arguments }}}
+</tool_call>{{ end }}{{ end }}<|im_end|>
 {{ else if eq $m.Role "tool" }}<|im_start|>tool
 <tool_response>
 {{ $m.Content }}
@@ -348,6 +349,18 @@ PARAMETER temperature 0.85
 PARAMETER top_p 0.85
 PARAMETER repeat_penalty 1
 '''
+
+
+def test_ollama_finds_the_word_that_begins_a_call():
+    """As its parser does (`parseTag` of its tools/template.go): the first text in `if .ToolCalls`, up to a brace.
+
+    Actions before that text, and a bare line break, would make it look for JSON without a tag.
+    """
+    parts = re.split(r"(\{\{.*?\}\})", ollama.go_template(ollama.read_pieces(load_tokenizer())))
+    inside = parts[parts.index("{{ if .ToolCalls }}") + 1 :]
+    at = next(i for i, part in enumerate(inside) if part and not part.startswith("{{"))
+    assert all(not part or part.startswith(("{{ if ", "{{ range ")) for part in inside[:at])
+    assert inside[at].partition("{")[0].strip() == "<tool_call>"
 
 
 def test_modelfile_of_the_shipped_tokenizer():

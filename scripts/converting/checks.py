@@ -82,9 +82,9 @@ def run_stock(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (RuntimeError, ValueError, OSError) as error:
-        raise BadExport(f"the export does not load: {' '.join(str(error).split())[:300]}") from error
+        raise BadExport(f"the export does not load: {' '.join(str(error).split())[:300]}.") from error
     if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
-        raise BadExport(f"the export lacks or does not know {wrong[0]}. Nothing was written.")
+        raise BadExport(f"the export lacks or does not know {wrong[0]}.")
     return verify.logits_of(model.eval(), rows, "export"), verify.tokenizer_facts(tokenizer, texts)
 
 
@@ -110,7 +110,7 @@ def check_gguf(
 
     texts, rows = rows_to_compare(source, text_file)
     expected = verify.logits_of(reference, rows, "original")
-    again = build_model(source.config, gguf_export.read_gguf(file, source.config)[0], file)
+    again = build_model(source.config, gguf_export.read_gguf(file, source.config, source.tokenizer)[0], file)
     d = verify.check("read back, float32", expected, verify.logits_of(again, rows, "export"))
     cost = verify.report_rounding(kind, verify.logits_of(source.model, rows, "original"), expected)
     figures = [
@@ -123,7 +123,7 @@ def check_gguf(
     found = llama_cpp_check.run_llama_cpp(file, rows, texts)
     for text, ids in zip(texts, found.special, strict=True):
         if ids != source.tokenizer.encode(text, add_special_tokens=False):
-            raise BadExport(f"llama.cpp reads {text[:60]!r} as other tokens. Nothing was written.")
+            raise BadExport(f"llama.cpp reads {text[:60]!r} as other tokens.")
 
     def noise() -> float:
         return LLAMA_CPP_NOISE * verify.float32_noise(reference, rows, expected)
@@ -146,7 +146,7 @@ def check_greedy(source: Source, reference: MiniMindForCausalLM, file: Path, sta
         decode, i = source.tokenizer.decode, other[0]
         raise BadExport(
             f"llama.cpp continues {decode(starts[i])[-40:]!r} with {decode(found[i])!r}, the original with "
-            f"{decode(ours[i].tokens)!r}. Nothing was written."
+            f"{decode(ours[i].tokens)!r}."
         )
     same = f"the same {GREEDY_TOKENS} tokens after {len(starts) - len(other)} of {len(starts)} beginnings"
     print(f"  llama.cpp, greedy: {same}", flush=True)

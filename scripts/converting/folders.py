@@ -20,12 +20,16 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, WeightsError, load_model, load_tokenizer, read_about, read_state_dict
 from scripts.converting.stock_architectures import from_stock, read_stock_config
+from scripts.converting.verify import BadExport
 from trainer.command_line import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-# What only a folder made by a conversion holds: nothing else is ever replaced.
-MARKS = ("config.json", "adapter_config.json", "*.gguf")
 REMOTE_CODE = ROOT / "model" / "model_minimind.py"
+# What a conversion writes, beside *.safetensors and *.gguf. A folder that holds anything else is never replaced.
+WRITTEN = {
+    "config.json", "generation_config.json", "adapter_config.json", "README.md", "Modelfile", REMOTE_CODE.name,
+    *TOKENIZER_FILES,
+}  # fmt: skip
 AUTO_MAP = {"AutoConfig": "model_minimind.MiniMindConfig", "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM"}
 
 
@@ -60,9 +64,9 @@ def new_place(target: Path, overwrite: bool, keep: tuple[Path, ...] = ()) -> Ite
     before as it was.
 
     Args: keep, what must not be replaced: the sources.
-    Raises: UserError when the target is taken, OSError when it cannot be written.
+    Raises: UserError when the target is taken, OSError when it cannot be written, BadExport as the block does.
     """
-    target = target.absolute()
+    target = Path(os.path.abspath(target))  # without "..", which is no name to put something beside
     single = target.suffix == ".pth"
     taken = target.exists() and (single or not target.is_dir() or any(target.iterdir()))
     if taken and not overwrite:
@@ -70,8 +74,8 @@ def new_place(target: Path, overwrite: bool, keep: tuple[Path, ...] = ()) -> Ite
     for source in keep:
         if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
             raise UserError(f"--to {target} is or holds the source {source}; name another place.")
-    if taken and not single and not (target.is_dir() and any(any(target.glob(mark)) for mark in MARKS)):
-        raise UserError(f"--to {target} does not look like a converted model, so --overwrite leaves it alone.")
+    if taken and not single and (foreign := what_no_conversion_wrote(target)):
+        raise UserError(f"--overwrite leaves {target} alone: no conversion wrote {foreign}. Name another --to.")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
@@ -94,8 +98,18 @@ def new_place(target: Path, overwrite: bool, keep: tuple[Path, ...] = ()) -> Ite
                     os.replace(old, target)
                 raise
             shutil.rmtree(old, ignore_errors=True)
+    except BadExport as error:
+        raise BadExport(f"{error} Nothing was written.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def what_no_conversion_wrote(target: Path) -> str | None:
+    """The name of something that a conversion did not put there; None for a folder that may be replaced."""
+    if not target.is_dir():
+        return target.name
+    names = sorted(p.name for p in target.iterdir() if p.is_dir() or p.suffix not in (".safetensors", ".gguf"))
+    return next((name for name in names if name not in WRITTEN), None)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -212,21 +212,27 @@ def plain_template(template: str) -> str:
     return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
 
 
-def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Vocabulary, merges, special tokens, chat template.  Raises: UserError as `pre_type`."""
+def vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[list[str], list[int], list[str]]:
+    """(tokens, their types, merges) by the rules of GGUF; ids beyond the tokenizer's get names and no use."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre(pre_type(tokenizer))
     tokens = [f"[unused{i}]" for i in range(vocab_size)]
-    types = [TokenType.UNUSED] * vocab_size
+    types = [int(TokenType.UNUSED)] * vocab_size
     for token, i in backend["model"]["vocab"].items():
-        tokens[i], types[i] = token, TokenType.NORMAL
+        tokens[i], types[i] = token, int(TokenType.NORMAL)
     for added in backend["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+    return tokens, types, [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
+
+
+def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Vocabulary, merges, special tokens, chat template.  Raises: UserError as `pre_type`."""
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
+    writer.add_tokenizer_pre(pre_type(tokenizer))
+    tokens, types, merges = vocabulary(tokenizer, vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]])
+    writer.add_token_merges(merges)
     for name in ("bos", "eos", "unk", "pad"):
         if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(i)
@@ -286,12 +292,28 @@ def write_gguf(
         writer.close()
 
 
-def read_gguf(path: Path, config: MiniMindConfig) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file by our names, float32, and its kind, after a look at its sizes and its rotary settings.
+def open_gguf(path: Path) -> tuple[GGUFReader, str]:
+    """A file and its kind.  Raises: UserError when it is damaged, or of a type not in TYPES."""
+    try:
+        reader = GGUFReader(path)
+        number = reader.fields["general.file_type"].contents()
+    except (ValueError, IndexError, KeyError) as error:  # each a form of cut off
+        raise UserError(f"{path} is cut off, damaged or no GGUF file ({error}).") from error
+    kinds = {int(file_type): kind for kind, (_, file_type) in TYPES.items()}
+    if number not in kinds:
+        raise UserError(f"{path} is of GGUF file type {number}; compared here: {', '.join(TYPES)}.")
+    return reader, kinds[number]
 
-    Raises: BadExport when the file does not describe this model; UserError when it is of a type not in TYPES.
+
+def read_gguf(
+    path: Path, config: MiniMindConfig, tokenizer: PreTrainedTokenizerFast | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file by our names, float32, and its kind, after a look at its sizes, its rotary settings and,
+    where one is given, its tokenizer.
+
+    Raises: BadExport when the file does not describe this model; UserError as `open_gguf`.
     """
-    reader = GGUFReader(path)
+    reader, kind = open_gguf(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     arch = fields["general.architecture"]
     there = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
@@ -301,9 +323,6 @@ def read_gguf(path: Path, config: MiniMindConfig) -> tuple[dict[str, Tensor], st
         "attention.head_count_kv": config.num_key_value_heads, "expert_count": config.n_routed_experts * config.use_moe,
         "expert_used_count": config.num_experts_per_tok * config.use_moe,
     }  # fmt: skip
-    kinds = {int(file_type): kind for kind, (_, file_type) in TYPES.items()}
-    if (number := fields["general.file_type"]) not in kinds:
-        raise UserError(f"{path} is of GGUF file type {number}; compared here: {', '.join(TYPES)}.")
     for key, wanted in sizes.items():
         if fields.get(f"{arch}.{key}", 0) != wanted:
             raise BadExport(f"{path.name} says {key} {fields.get(f'{arch}.{key}')}, the model has {wanted}.")
@@ -313,8 +332,13 @@ def read_gguf(path: Path, config: MiniMindConfig) -> tuple[dict[str, Tensor], st
         raise BadExport(
             f"{path.name} rotates by {frequencies} · {attention}, the model by {wanted.numpy()} · {factor}."
         )
-    state = our_names(config, {name: torch.from_numpy(array) for name, array in there.items()}, path)
-    return state, kinds[number]
+    if tokenizer is not None:
+        written = zip(("tokens", "token_type", "merges"), vocabulary(tokenizer, config.vocab_size), strict=True)
+        wanted = {f"ggml.{key}": values for key, values in (*written, ("pre", pre_type(tokenizer)))}
+        wanted["chat_template"] = plain_template(tokenizer.chat_template) if tokenizer.chat_template else None
+        if other := [key for key, values in wanted.items() if fields.get(f"tokenizer.{key}") != values]:
+            raise BadExport(f"{path.name} holds another tokenizer than the model's: {', '.join(other)} differ.")
+    return our_names(config, {name: torch.from_numpy(array) for name, array in there.items()}, path), kind
 
 
 def our_names(config: MiniMindConfig, there: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -37,10 +37,16 @@ VLLM = """```bash
 vllm serve FOLDER --served-model-name minimind
 ```
 """
-LLAMA_CPP = """```bash
+LLAMA_CPP_CHAT = """```bash
 llama-cli -m FILE -cnv                    # chat
 llama-server -m FILE --port 8080          # an OpenAI-compatible server
 ollama create minimind -f Modelfile && ollama run minimind
+```
+"""
+LLAMA_CPP_CONTINUE = """```bash
+llama-server -m FILE --port 8080
+curl http://localhost:8080/completion -d '{"prompt": "<BOS>Once upon a time", "n_predict": 100}'
+ollama create minimind -f Modelfile && ollama run minimind "Once upon a time"
 ```
 """
 
@@ -80,16 +86,17 @@ def model_card(source: Source, form: str, type_name: str, figures: list[str]) ->
     lines += [f"A small language model of the MiniMind family, {kind}; here as `{form}`.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += ["", "## Run it", ""]
+    chats, bos = source.stage != "pretrain", source.tokenizer.bos_token or ""
     if is_file:
-        lines.append(LLAMA_CPP.replace("FILE", form))
+        run = LLAMA_CPP_CHAT if chats else LLAMA_CPP_CONTINUE
+        lines.append(run.replace("FILE", form).replace("<BOS>", bos))
     else:
-        bos = source.tokenizer.bos_token or ""
-        rest = CONTINUE.replace("<BOS>", bos) if source.stage == "pretrain" else CHAT
+        rest = CHAT if chats else CONTINUE.replace("<BOS>", bos)
         trust = ", trust_remote_code=True" if form == "minimind" else ""
         lines.append(LOAD.replace("{trust}", trust).replace("{rest}", rest))
         if form != "minimind":
             lines.append(VLLM)
-    if source.stage != "pretrain":
+    if chats:
         lines += ["Chats are ChatML; the template comes with the tokenizer.", ""]
     lines += ["## Checked when it was written", "", *(f"- {figure}" for figure in figures)]
     return "\n".join(lines) + "\n"

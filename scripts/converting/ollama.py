@@ -115,10 +115,8 @@ def put_together(pieces: Pieces, messages: list[dict], tools: list[dict] | None)
         elif message["role"] == "assistant":
             calls = []
             for call in message.get("tool_calls", ()):
-                name, arguments = (
-                    call["function"]["name"],
-                    json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                )
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                arguments = json.dumps(arguments, ensure_ascii=False)
                 calls.append(pieces.call[0] + name + pieces.call[1] + arguments + pieces.call[2])
             said = [message["content"]] if message["content"] else []
             text += pieces.assistant[0] + pieces.next_call.join(said + calls) + pieces.assistant[1]
@@ -140,8 +138,11 @@ def go_template(pieces: Pieces) -> str:
     turns = '{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}' + p.user[0] + "{{ $m.Content }}" + p.user[1]
     turns += '{{ else if eq $m.Role "assistant" }}' + p.assistant[0] + "{{ $m.Content }}"
     if p.call:
-        turns += "{{ range $j, $c := $m.ToolCalls }}{{ if or $m.Content $j }}" + p.next_call + "{{ end }}" + p.call[0]
-        turns += "{{ $c.Function.Name }}" + p.call[1] + "{{ $c.Function.Arguments }}" + p.call[2] + "{{ end }}"
+        # Ollama knows a call in an answer by the first text inside `if .ToolCalls`, up to a brace. With `$m.ToolCalls`,
+        # or a line break as the first text, it would look for bare JSON and leave every call in the text.
+        turns += "{{ if .ToolCalls }}{{ range $j, $c := .ToolCalls }}"
+        turns += "{{ if or $m.Content $j }}" + p.next_call + p.call[0] + "{{ else }}" + p.call[0] + "{{ end }}"
+        turns += "{{ $c.Function.Name }}" + p.call[1] + "{{ $c.Function.Arguments }}" + p.call[2] + "{{ end }}{{ end }}"
     turns += p.assistant[1]
     if p.tool:
         turns += '{{ else if eq $m.Role "tool" }}' + p.tool[0] + "{{ $m.Content }}" + p.tool[1]

@@ -79,7 +79,12 @@ def stock_config(config: MiniMindConfig) -> PretrainedConfig:
     same = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
     same += " hidden_act max_position_embeddings rms_norm_eps initializer_range bos_token_id eos_token_id pad_token_id"
     fields = {name: getattr(config, name) for name in f"{same} tie_word_embeddings".split()}
-    fields |= {"rope_parameters": rope_parameters(config), "architectures": [ARCHITECTURES[kind]]}
+    rope = rope_parameters(config)
+    fields |= {"rope_parameters": rope, "architectures": [ARCHITECTURES[kind]]}
+    if rope["rope_type"] == "yarn":
+        # Their rule for YaRN: positions are the trained ones times the factor. Some releases of transformers 4 take the
+        # factor from this quotient and not from the key; the others warn where the two differ.
+        fields["max_position_embeddings"] = round(rope["original_max_position_embeddings"] * rope["factor"])
     if kind == "llama":
         return LlamaConfig(**fields, head_dim=config.head_dim, attention_bias=False, mlp_bias=False)
     fields |= {"num_local_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}

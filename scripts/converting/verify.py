@@ -170,7 +170,7 @@ def check(
     if not good:
         raise BadExport(
             f"the export is not the same model: {what} differs by {d.largest:.3g} at text {d.row + 1}, token "
-            f"{d.token + 1}, where {allowed:.1e} is allowed. Nothing was written."
+            f"{d.token + 1}, where {allowed:.1e} is allowed."
         )
     return d
 
@@ -199,7 +199,7 @@ def check_tokenizer(found: Sequence[Sequence[int]], tokenizer: PreTrainedTokeniz
     for i, ids in enumerate(expected):
         if i >= len(found) or list(found[i]) != ids:
             what = repr((*texts, ODD_TEXT)[i][:60]) if i <= len(texts) else "a chat"
-            raise BadExport(f"the exported tokenizer reads {what} as other tokens. Nothing was written.")
+            raise BadExport(f"the exported tokenizer reads {what} as other tokens.")
     print(f"  tokenizer and chat template: the same tokens for {len(expected)} texts", flush=True)
 
 
@@ -253,10 +253,10 @@ def run_child(
                 errors="replace",
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise BadExport(f"loading the export took more than {CHILD_SECONDS} s. Nothing was written.") from error
+            raise BadExport(f"loading the export took more than {CHILD_SECONDS} s.") from error
         if done.returncode or not saved.is_file():
             reason = (done.stderr.strip().splitlines() or ["no word"])[-1][:300]
-            raise BadExport(f"the export does not load (status {done.returncode}): {reason}. Nothing was written.")
+            raise BadExport(f"the export does not load (status {done.returncode}): {reason}.")
         with np.load(saved, allow_pickle=False) as file:
             return [file[name] for name in file.files]
 
