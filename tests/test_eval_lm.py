@@ -262,6 +262,19 @@ def test_held_out_are_the_records_that_training_held_out(tokenizer, tmp_path):
     ]
 
 
+def test_lines_that_are_not_wanted_are_not_looked_at(tokenizer, tmp_path, monkeypatch):
+    """A file of training holds a million records; a few of them are wanted."""
+    path = tmp_path / "many.jsonl"
+    lines = [json.dumps({"text": f"Record {i}"}) if i % 10 == 0 else "" if i % 10 == 5 else "{cut" for i in range(100)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    parsed, parse = [], lm.parse_line
+    monkeypatch.setattr(lm, "parse_line", lambda raw: parsed.append(raw) or parse(raw))
+    found = lm.read_documents(path, tokenizer, None, 10)  # of 90 lines that are not empty: 0, 9, 18 …
+    assert [d.value for d in found] == [f"Record {i}" for i in range(0, 100, 10)] and len(parsed) == 10
+    with pytest.raises(DataError, match="line 2:"):
+        lm.read_documents(path, tokenizer, None, 0)
+
+
 def test_files_of_no_text_are_refused(material, tokenizer, tmp_path):
     with pytest.raises(DataError, match="holds choice records"):
         lm.read_documents(material.choice, tokenizer, None, 0)
@@ -758,6 +771,23 @@ def test_an_error_in_the_next_model_costs_nothing_of_this_one(material, tmp_path
     assert kept["name"] == "full_sft_32" and kept["text"]["documents"] == 4
 
 
+def test_what_a_model_cannot_do_is_left_out_unless_it_is_asked_for(material, tmp_path, monkeypatch):
+    """A folder of another family cannot be stretched: that costs none of the other figures, and shows at once."""
+    texts = write_records(tmp_path / "p.jsonl", [{"text": f"Record number {i}"} for i in range(40)])
+    asked = [{"kind": "k", "lang": "en", "conversations": [{"role": "user", "content": "1?"}], "answer": "4"}]
+    demo = dict.fromkeys(("pretrain", "sft"), texts) | {"choice": material.choice}
+    demo |= dict.fromkeys(("test", "reason_test"), write_records(tmp_path / "q.jsonl", asked))
+    monkeypatch.setattr(eval_lm, "generate", lambda folder: demo)
+    flags = ["--weights", material.llama, "--report_dir", tmp_path / "report", "--cache_dir", tmp_path / "cache"]
+    flags += ["--val_ratio", 0.3, "--max_new_tokens", 2, "--free_samples", 1, "--ways", "text"]
+    result = evaluate(*flags)
+    assert result.status == 0 and "[long_context left out: long_context stretches MiniMind models only" in result.out
+    (found,) = report.read_results(tmp_path / "report" / "eval.json")
+    assert {"text", "choice", "questions", "free"} <= found.keys() and "long_context" not in found
+    monkeypatch.setattr(eval_lm, "evaluate_text", lambda *_, **__: pytest.fail("the error came too late"))
+    assert "MiniMind models only" in one_error(evaluate(*flags, "--tasks", *eval_lm.TASKS))
+
+
 def test_without_files_the_held_out_demo_data_is_measured(material, tmp_path, monkeypatch):
     texts = [{"text": f"Record number {i}, {i * 7919} of it"} for i in range(80)]
     chats = [{"conversations": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i * i}!"}]}
@@ -830,6 +860,32 @@ def test_tables_by_hand():
         "## Figures", "", "|  | one | 二 |", "| --- | --- | --- |",
         "| bits per byte, s, English | 1.500 ± 0.100 (ppl 3.25) | – |",
     ]  # fmt: skip
+
+
+def test_a_picture_tells_its_checkpoints_apart():
+    """Also those with no bar in the last panel; and more of them than there are chosen colours."""
+    text = {"by_source": {"s": {"English": {"bits_per_byte": 1.5, "interval95": None}}}}
+    right = {"accuracy": 0.5, "interval95": [0.4, 0.6]}
+    choice = {"c": {"baselines": {"random": 0.25, "majority": 0.3}, "letter": right}}
+    pytest.importorskip("matplotlib")
+    plt, many = report.pyplot(), len(report.COLOURS) + 3
+    for checkpoints in (
+        [{"name": "one", "text": text}, {"name": "two", "choice": choice}],
+        [{"name": str(n), "text": text, "choice": choice} for n in range(many)],
+        [{"name": "one", "text": text}],
+    ):
+        figure = report.draw_bars(plt, checkpoints)
+        (legend,) = figure.legends
+        names = [label.get_text() for label in legend.get_texts()]
+        guesses = ["guessing"] if "choice" in checkpoints[-1] else []
+        assert names == [c["name"] for c in checkpoints] + guesses
+        keys = [patch.get_facecolor() for patch in legend.get_patches()]
+        assert len(set(keys)) == len(checkpoints)
+        for panel, kind in zip(figure.axes, ("text", "choice"), strict=False):
+            drawn = [bar.get_facecolor() for bar in panel.patches]
+            assert drawn == [key for key, c in zip(keys, checkpoints, strict=True) if kind in c]
+        plt.close(figure)
+    assert report.draw_bars(plt, [{"name": "one"}]) is None
 
 
 def test_mistakes_are_told_in_one_line(material, tmp_path):

@@ -15,7 +15,7 @@ which each sees one token before it (lm-eval's rule); S < W: every token sees at
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +67,29 @@ def held_out_numbers(path: Path, tokenizer: PreTrainedTokenizerFast, ratio: floa
     return numbers
 
 
+def records_of(path: Path, read: Callable[[dict], object], wanted: set[int], skip_bad: bool) -> Iterator[dict]:
+    """The records with these numbers, counted from 0; with `skip_bad` among the good ones, as training counts.
+
+    Without it, lines that are not wanted are not looked at: a file of training may hold a million.
+    Raises: DataError with file, line and reason.
+    """
+    number = -1
+    for line, raw in read_lines(path):
+        number += 1
+        if not skip_bad and number not in wanted:
+            continue
+        try:
+            record = parse_line(raw)
+            read(record)
+        except ValueError as error:
+            if not skip_bad:
+                raise DataError(f"{path}, line {line}: {error}") from None
+            number -= 1
+            continue
+        if number in wanted:
+            yield record
+
+
 def read_documents(
     path: Path, tokenizer: PreTrainedTokenizerFast, held_out: float | None, most: int, cache_dir: Path | None = None
 ) -> list[Document]:
@@ -81,28 +104,22 @@ def read_documents(
         raise DataError(
             f'{path} holds {stage} records; expected {{"text": "…"}} or {{"conversations": […]}} with answers'
         )
-    wanted = None if held_out is None else set(held_out_numbers(path, tokenizer, held_out, cache_dir))
-    read, documents = FORMATS[stage].reader(tokenizer), []
-    good = 0
-    for line, raw in read_lines(path):
-        try:
-            record = parse_line(raw)
-            read(record)
-        except ValueError as error:
-            if wanted is not None:  # the training went without it too
-                continue
-            raise DataError(f"{path}, line {line}: {error}") from None
-        good += 1
-        if wanted is None or good - 1 in wanted:
-            value = record["text"] if stage == "pretrain" else record["conversations"]
-            text = value if isinstance(value, str) else "\n".join(turn.get("content") or "" for turn in value)
-            source = record.get("source")
-            named = source if isinstance(source, str) and source.strip() else path.stem
-            documents.append(Document(named, language_of(text), value))
-    return evenly(documents, most)
+    if held_out is None:
+        numbers = range(sum(1 for _ in read_lines(path)))
+    else:
+        numbers = held_out_numbers(path, tokenizer, held_out, cache_dir)
+    documents = []
+    read = FORMATS[stage].reader(tokenizer)
+    for record in records_of(path, read, set(evenly(numbers, most)), skip_bad=held_out is not None):
+        value = record["text"] if stage == "pretrain" else record["conversations"]
+        text = value if isinstance(value, str) else "\n".join(turn.get("content") or "" for turn in value)
+        source = record.get("source")
+        named = source if isinstance(source, str) and source.strip() else path.stem
+        documents.append(Document(named, language_of(text), value))
+    return documents
 
 
-def evenly(records: list, most: int) -> list:
+def evenly(records: Sequence, most: int) -> Sequence:
     """At most so many of them, spread evenly; all for 0."""
     if not most or len(records) <= most:
         return records

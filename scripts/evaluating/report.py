@@ -19,6 +19,7 @@ from trainer.command_line import UserError
 
 Row = tuple[str, str]  # what is measured, and the figure in words
 COLOURS = ("#3b6ea5", "#c8553d", "#6a994e", "#8e6c8a", "#d4a373", "#5c7c8a")
+INK = "#222222"
 MEASURE_NAMES = {"letter": "by letter", "acc": "by text, acc", "acc_norm": "by text, acc_norm",
                  "acc_bytes": "by text, acc_bytes"}  # fmt: skip
 DRAWN = ("letter", "acc_norm")
@@ -246,38 +247,56 @@ def in_percent(figure: dict) -> tuple[float, list[float]]:
     return 100 * figure["accuracy"], [100 * end for end in figure["interval95"]]
 
 
+def colours_of(plt: Any, count: int) -> list:
+    """A colour for each checkpoint, no two the same."""
+    return list(COLOURS[:count]) if count <= len(COLOURS) else [plt.get_cmap("turbo")(i / count) for i in range(count)]
+
+
+def draw_panel(
+    panel: Any, title: str, checkpoints: Sequence[dict], found: Sequence[dict[str, list[Bar]]], colours: list
+) -> None:
+    """One group of bars for each label, a bar for each checkpoint that has the figure.  Args: found as `bars_of`."""
+    labels = list(dict.fromkeys(bar[0] for panels in found for bar in panels.get(title, [])))
+    size = 0.8 / len(checkpoints)
+    for number, (panels, colour) in enumerate(zip(found, colours, strict=True)):
+        for label, value, interval, guess in panels.get(title, []):
+            y = labels.index(label) + (number + 0.5) * size - 0.4
+            panel.barh(y, value, height=size * 0.92, color=colour)
+            if interval:
+                panel.plot(interval, [y, y], color=INK, linewidth=1)
+            if guess is not None:
+                panel.plot([guess, guess], [y - size / 2, y + size / 2], color=INK, linewidth=1.2, ls=":")
+            panel.text(max([value, *(interval or [])]), y, f" {value:.3g}", va="center", fontsize=7)
+    panel.set_yticks(range(len(labels)), labels, fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=0.12)
+    panel.set_xlim(left=0)
+    panel.set_title(title, fontsize=10)
+    tidy(panel)
+
+
 def draw_bars(plt: Any, checkpoints: Sequence[dict]) -> Any | None:
     """Grouped bars, a colour for each checkpoint, 95 % intervals, a mark where guessing is; None without figures."""
     found = [bars_of(checkpoint) for checkpoint in checkpoints]
     titles = list(dict.fromkeys(title for panels in found for title in panels))
     if not titles:
         return None
-    labels = {t: list(dict.fromkeys(bar[0] for panels in found for bar in panels.get(t, []))) for t in titles}
-    height = max(len(rows) for rows in labels.values()) * (0.24 * len(checkpoints) + 0.22) + 1.3
-    figure, axes = plt.subplots(1, len(titles), figsize=(5.6 * len(titles), max(height, 3)), dpi=120, squeeze=False)
-    size = 0.8 / len(checkpoints)
+    colours = colours_of(plt, len(checkpoints))
+    groups = max(len({bar[0] for panels in found for bar in panels.get(title, [])}) for title in titles)
+    columns = min(len(checkpoints) + 1, 4)  # of the legend
+    lines = -(-(len(checkpoints) + 1) // columns)
+    height = max(groups * (0.24 * len(checkpoints) + 0.22) + 1.0, 2.7) + 0.25 * lines
+    figure, axes = plt.subplots(1, len(titles), figsize=(5.6 * len(titles), height), dpi=120, squeeze=False)
     for panel, title in zip(axes[0], titles, strict=True):
-        for number, (checkpoint, panels) in enumerate(zip(checkpoints, found, strict=True)):
-            bars = {label: rest for label, *rest in panels.get(title, [])}
-            places = [labels[title].index(label) + (number + 0.5) * size - 0.4 for label in bars]
-            values = [value for value, _, _ in bars.values()]
-            colour = COLOURS[number % len(COLOURS)]
-            panel.barh(places, values, height=size * 0.92, color=colour, label=checkpoint["name"])
-            for y, (value, interval, guess) in zip(places, bars.values(), strict=True):
-                if interval:
-                    panel.plot(interval, [y, y], color="#222222", linewidth=1)
-                if guess is not None:
-                    panel.plot([guess, guess], [y - size / 2, y + size / 2], color="#222222", linewidth=1.2, ls=":")
-                panel.text(max([value, *(interval or [])]), y, f" {value:.3g}", va="center", fontsize=7)
-        panel.set_yticks(range(len(labels[title])), labels[title], fontsize=8)
-        panel.invert_yaxis()
-        panel.margins(x=0.12)
-        panel.set_xlim(left=0)
-        panel.set_title(title, fontsize=10)
-        tidy(panel)
-    axes[0][-1].plot([], [], color="#222222", linewidth=1.2, ls=":", label="guessing")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="best")
-    figure.tight_layout()
+        draw_panel(panel, title, checkpoints, found, colours)
+    # Made by hand: a panel knows the colours of those checkpoints only that have a bar in it.
+    keys = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    names = [checkpoint["name"] for checkpoint in checkpoints]
+    if any(bar[3] is not None for panels in found for bars in panels.values() for bar in bars):
+        keys.append(plt.Line2D([], [], color=INK, linewidth=1.2, ls=":"))
+        names.append("guessing")
+    figure.legend(keys, names, frameon=False, fontsize=8, loc="lower center", ncols=columns)
+    figure.tight_layout(rect=(0, 0.25 * lines / height, 1, 1))  # the legend below, where no bar can be under it
     return figure
 
 
@@ -298,7 +317,7 @@ def draw_long_context(plt: Any, checkpoints: Sequence[dict]) -> Any | None:
         for way, colour in zip(WAYS, COLOURS, strict=False):
             style = {"linewidth": 2.4, "alpha": 0.55} if way == "none" else {"linewidth": 1.2}
             panel.plot(middles, result["curves"][way], color=colour, label=way, **style)
-        panel.axvline(trained, color="#222222", linewidth=0.8, ls=":")
+        panel.axvline(trained, color=INK, linewidth=0.8, ls=":")
         panel.set_xscale("log", base=2)
         ticks = [trained // 2, *(trained * factor for factor in (1, 2, 4, 8))]
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
