@@ -3,7 +3,8 @@
 uvicorn itself waits for a request as long as the client likes (its keep-alive timeout counts only between requests) and
 for a reader as long as the connection lasts. Here
     a request has to arrive whole within `receive_seconds`, counted from its first byte or from the connection's start;
-    at most `max_connections` are open: a new one takes the place of the one that has been idle longest;
+    at most `max_connections` are open: a new one takes the place of one whose request is not there yet, silent ones
+    before those that send, the one that has been quiet longest first; never of one that is being answered;
     a reader that stands still is cut off by the application (`scope["state"]["abort"]`) or by the kernel (Linux).
 
 中文：在 uvicorn 之上加连接限制：接收期限、连接数上限、断开停滞的读者。
@@ -23,6 +24,7 @@ from trainer.command_line import UserError
 
 KEEP_ALIVE_SECONDS = 75  # clients pool connections; shorter than theirs means resets
 STALLED_SECONDS = 30
+ARRIVING = (h11.IDLE, h11.SEND_BODY)  # states of a client whose request is not there as a whole
 
 
 class BoundedProtocol(H11Protocol):
@@ -39,9 +41,10 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            quiet = (c for c in self.connections if c is not self and not c.transport.is_closing())
-            idle = [c for c in quiet if c.conn.their_state is h11.IDLE]
-            (min(idle, key=lambda c: c.quiet_since) if idle else self).abort()
+            others = (c for c in self.connections if c is not self and not c.transport.is_closing())
+            arriving = [c for c in others if c.conn.their_state in ARRIVING]
+            order = lambda c: (ARRIVING.index(c.conn.their_state), c.quiet_since)  # noqa: E731
+            min(arriving, key=order, default=self).abort()
         self.watch()
 
     def data_received(self, data: bytes) -> None:
@@ -51,7 +54,7 @@ class BoundedProtocol(H11Protocol):
 
     def watch(self) -> None:
         """Starts the clock when a request begins to arrive, stops it when it is there."""
-        arriving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        arriving = self.conn.their_state in ARRIVING
         if arriving and self.receive_timer is None and not self.transport.is_closing():
             self.receive_timer = self.loop.call_later(self.receive_seconds, self.abort)
         elif not arriving and self.receive_timer is not None:
