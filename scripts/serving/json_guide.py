@@ -154,6 +154,8 @@ class JsonTables:
                     node = node.children.setdefault(byte, Node())
                 node.tokens.append(token)
         self.masks: OrderedDict[State, Tensor] = OrderedDict()
+        self.goes_on = torch.ones(vocab_size, dtype=torch.bool)  # all but the end
+        self.goes_on[self.stop_ids] = False
 
     def mask(self, state: State) -> Tensor:
         """Which tokens may follow.  Shape: (V,) bool."""
@@ -186,9 +188,9 @@ class JsonGuide:
     def __init__(self, tables: JsonTables, behind: int | None = None):
         self.tables, self.behind, self.state = tables, behind, START
 
-    def allowed(self) -> Tensor | None:
-        """Which tokens may come next; None: any.  Shape: (V,) bool."""
-        return None if self.behind is not None else self.tables.mask(self.state)
+    def allowed(self) -> Tensor:
+        """Which tokens may come next; a thought may not end the answer.  Shape: (V,) bool."""
+        return self.tables.goes_on if self.behind is not None else self.tables.mask(self.state)
 
     def advance(self, token: int) -> None:
         """The answer goes on with this token."""
