@@ -155,9 +155,8 @@ def test_strict_json_refuses_what_is_none():
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40), st.lists(st.integers(3, 6399), max_size=20))
-def test_no_delta_splits_a_character(text, junk):
+def test_no_delta_splits_a_character(tokenizer, text, junk):
     """Ids of a text, and ids at random, half of which are broken UTF-8: the pieces joined are the whole decoded."""
-    tokenizer = load_tokenizer()
     for ids in (tokenizer.encode(text, add_special_tokens=False), junk):
         answer, shown = AnswerText(tokenizer, TextRules(plain=True)), ""
         whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -10,10 +10,13 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import ipaddress
+import re
 import struct
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -30,6 +33,7 @@ from scripts.serving.models import ServedModels
 from scripts.serving.prompts import Prompt, PromptMaker
 from scripts.serving.protocol import (
     Defaults,
+    EmbeddingRequest,
     Generation,
     parse_chat,
     parse_completion,
@@ -44,15 +48,25 @@ BODIES_IN_MEMORY = 64  # bodies of the largest size that may be read at a time
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """api_keys: any of them opens /v1 and /metrics; empty: no key is asked for. origins: websites that may call (CORS).
-    max_body: bytes. max_queue: answers per model that may wait. timeout: seconds for one request."""
+    """api_keys: any of them opens /v1 and /metrics; empty: no key is asked for. local: who has no key has to call this
+    machine by a name of its own. origins: websites that may call (CORS). max_body: bytes. max_queue: answers per model
+    that may wait. timeout: seconds for one request."""
 
     api_keys: tuple[str, ...] = ()
+    local: bool = False
     origins: tuple[str, ...] = ()
     max_body: int = 1 << 20
     max_queue: int = 64
     timeout: float = 300.0
     defaults: Defaults = field(default_factory=Defaults)
+
+
+class Arrived(NamedTuple):
+    """A request that is there as a whole: its fields, the model it names, and when, on time.monotonic's clock."""
+
+    fields: Fields
+    model: str
+    began: float
 
 
 class Serving:
@@ -85,12 +99,22 @@ class Serving:
 
     # -- reading a request
 
+    async def read(self, request: Request) -> Arrived:
+        """A request for an answer, other fields not looked at.  Raises: ApiError 400, 401, 403, 404, 413, 415, 429."""
+        self.check_key(request)
+        fields = await self.read_fields(request)
+        return Arrived(fields, self.model_of(fields), time.monotonic())
+
     def check_key(self, request: Request) -> None:
-        """Raises: ApiError 401. Takes as long for any wrong key, since it is hashes that are compared."""
+        """Raises: ApiError 401, 403. Takes as long for any wrong key, since it is hashes that are compared."""
         if not self.key_hashes:
+            # A website whose name was made to point to this machine is no stranger to the browser, CORS or not.
+            if self.settings.local and not is_local(host := request.headers.get("host", "")):
+                message = f"Host {host[:60]!r} is no name of this machine: set an API key (MINIMIND_API_KEY) to be called by it."
+                raise ApiError(403, message, code="unknown_host")
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
+        given = hashlib.sha256(key.strip().encode("latin-1")).digest()  # a header's bytes as they were sent
         known = [hmac.compare_digest(given, one) for one in self.key_hashes]
         if scheme.lower() != "bearer" or not any(known):
             raise ApiError(
@@ -149,43 +173,60 @@ class Serving:
 
     # -- handing it to the engine
 
+    def check_room(self, model: str, answers: int, param: str) -> None:
+        """Before a prompt is tokenised for nothing.  Raises: ApiError 400, 429."""
+        if answers > (most := self.engine.capacity(model)):
+            message = f"{answers} answers at a time are more than the {most} that find a place."
+            raise ApiError(400, message, param=param)
+        if seconds := self.engine.retry_after(model, answers):
+            raise self.busy(str(QueueFull(seconds)), seconds)
+
     def submit(
-        self, model: str, prompts: Sequence[Prompt], asked: Generation, json_object: bool = False, **rules
+        self, arrived: Arrived, prompts: Sequence[Prompt], asked: Generation, json_object: bool = False, **rules
     ) -> Waiting:
-        """Hands `n` answers per prompt to the engine.  Raises: ApiError 400, 429, 503."""
+        """Hands `n` answers per prompt to the engine; those of a prompt are drawn with seed, seed + 1, …
+
+        Raises: ApiError 400, 429, 503.
+        """
         if asked.top_logprobs is not None and not self.served.ours:
             raise ApiError(400, "logprobs are not available with this model.", param="logprobs")
         if json_object and self.json_tables is None:
             raise ApiError(400, "json_object is not available with this model.", param="response_format")
-        deadline, inbox, jobs = time.monotonic() + self.settings.timeout, asyncio.Queue(), []
+        texts = []
         for prompt in prompts:
-            room = self.served.max_seq_len - len(prompt.ids)
-            for _ in range(asked.n):
-                index = len(jobs)
+            most = min(
+                asked.max_tokens or self.settings.defaults.max_new_tokens, self.served.max_seq_len - len(prompt.ids)
+            )
+            for i in range(asked.n):
                 sampling = Sampling(
                     **asked.settings,
-                    max_new_tokens=min(asked.max_tokens or self.settings.defaults.max_new_tokens, room),
+                    max_new_tokens=most,
                     stop_ids=self.served.stop_ids,
-                    seed=None if asked.seed is None else asked.seed + index,
+                    seed=None if asked.seed is None else asked.seed + i,
                     guide=JsonGuide(self.json_tables, prompt.behind) if json_object else None,
                     logps=asked.top_logprobs is not None,
                     top_logps=asked.top_logprobs or 0,
                 )
                 reader = TextRules(asked.stops, opened=prompt.opened, begun=prompt.begun, **rules)
-                text = AnswerText(self.served.tokenizer, reader)
-                jobs.append(Job(model, index, prompt.ids, sampling, text, deadline, inbox))
-        return self.hand_over(model, jobs, sum(len(prompt.ids) for prompt in prompts))
+                texts.append((prompt.ids, sampling, AnswerText(self.served.tokenizer, reader)))
+        return self.hand_over(arrived, texts, sum(len(prompt.ids) for prompt in prompts))
 
-    def hand_over(self, model: str, jobs: list[Job], prompt_tokens: int) -> Waiting:
-        if len(jobs) > (most := self.engine.capacity(model)):
-            raise ApiError(400, f"{len(jobs)} answers at a time are more than the {most} that find a place.", param="n")
+    def hand_over(
+        self, arrived: Arrived, texts: Sequence[tuple[list[int], Sampling, AnswerText | None]], prompt_tokens: int
+    ) -> Waiting:
+        """Makes jobs of (prompt, settings, reader of the answer) and submits them.  Raises: ApiError 429, 503."""
+        deadline, inbox = arrived.began + self.settings.timeout, asyncio.Queue()
+        jobs = [
+            Job(arrived.model, i, ids, sampling, text, deadline, inbox, arrived.began)
+            for i, (ids, sampling, text) in enumerate(texts)
+        ]
         try:
             self.engine.submit(jobs)
         except QueueFull as error:
             raise self.busy(str(error), error.retry_after) from None
         except EngineDown as error:
             raise ApiError(503, f"No answers at present: {error}.") from None
-        self.metrics.prompt_tokens.add(prompt_tokens, model)
+        self.metrics.prompt_tokens.add(prompt_tokens, arrived.model)
         return Waiting(self.engine, self.metrics, jobs, prompt_tokens)
 
     async def answer(self, request: Request, waiting: Waiting, reply: ChatReply, stream: bool) -> Response:
@@ -197,6 +238,45 @@ class Serving:
             return JSONResponse(reply.whole(waiting.choices, waiting.prompt_tokens), headers={"x-request-id": reply.id})
         finally:
             waiting.close()
+
+    async def embed(self, request: Request, arrived: Arrived, wanted: EmbeddingRequest) -> Response:
+        """A vector for each input, all or none."""
+        self.check_room(arrived.model, len(wanted.inputs), "input")
+        prompts = await self.prompts.texts(wanted.inputs)
+        texts = [(prompt.ids, Sampling(), None) for prompt in prompts]
+        waiting = self.hand_over(arrived, texts, sum(len(prompt.ids) for prompt in prompts))
+        vectors: dict[int, list[float]] = {}
+
+        async def collect() -> None:
+            async for update in waiting.updates():
+                vectors[update.index] = update.vector
+
+        try:
+            await unless_gone(request, collect())
+        finally:
+            self.engine.cancel([job for job in waiting.jobs if job.index not in vectors])
+        data = [
+            {"object": "embedding", "index": i, "embedding": packed(vectors[i]) if wanted.base64 else vectors[i]}
+            for i in range(len(prompts))
+        ]
+        total = usage(waiting.prompt_tokens, 0)
+        del total["completion_tokens"]
+        return JSONResponse({"object": "list", "model": arrived.model, "data": data, "usage": total})
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header is one that no website has: an address, or a name that only this machine gives."""
+    name = re.sub(r":\d*$", "", host.strip()).strip("[]").lower()
+    if name == "localhost" or name.endswith((".localhost", ".local", ".internal")):
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
+
+
+def packed(vector: Sequence[float]) -> str:
+    """Little-endian float32 as base64."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -261,65 +341,41 @@ def make_app(serving: Serving) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        serving.check_key(request)
-        fields = await serving.read_fields(request)
-        model = serving.model_of(fields)
-        wanted = parse_chat(fields, settings.defaults, served.vocab_size)
+        arrived = await serving.read(request)
+        wanted = parse_chat(arrived.fields, settings.defaults, served.vocab_size)
         asked = wanted.generation
+        serving.check_room(arrived.model, asked.n, "n")
         prompt = await serving.prompts.chat(wanted)
         rules = {"functions": wanted.tools.names, "parallel_calls": wanted.tools.parallel}
-        waiting = serving.submit(model, [prompt], asked, wanted.json_object, **rules)
-        reply = ChatReply(model, serving.vocabulary, asked.top_logprobs is not None, asked.include_usage)
+        waiting = serving.submit(arrived, [prompt], asked, wanted.json_object, **rules)
+        reply = ChatReply(arrived.model, serving.vocabulary, asked.top_logprobs is not None, asked.include_usage)
         response = await serving.answer(request, waiting, reply, asked.stream)
         count(request, 200)
         return response
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        serving.check_key(request)
-        fields = await serving.read_fields(request)
-        model = serving.model_of(fields)
-        wanted = parse_completion(fields, settings.defaults, served.vocab_size)
+        arrived = await serving.read(request)
+        wanted = parse_completion(arrived.fields, settings.defaults, served.vocab_size)
         asked = wanted.generation
+        serving.check_room(arrived.model, len(wanted.prompts) * asked.n, "n")
         prompts = await serving.prompts.texts(wanted.prompts)
         echoes = [serving.prompts.shown(p) if wanted.echo else "" for p in wanted.prompts for _ in range(asked.n)]
-        waiting = serving.submit(model, prompts, asked, plain=True)
-        reply = TextReply(model, serving.vocabulary, asked.top_logprobs is not None, asked.include_usage, echoes)
+        waiting = serving.submit(arrived, prompts, asked, plain=True)
+        logprobs = asked.top_logprobs is not None
+        reply = TextReply(arrived.model, serving.vocabulary, logprobs, asked.include_usage, echoes)
         response = await serving.answer(request, waiting, reply, asked.stream)
         count(request, 200)
         return response
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        serving.check_key(request)
-        fields = await serving.read_fields(request)
-        model = serving.model_of(fields)
+        arrived = await serving.read(request)
         if not served.ours:
             raise ApiError(400, "Embeddings are not available with this model.", param="model")
-        wanted = parse_embedding(fields, served.vocab_size)
-        prompts = await serving.prompts.texts(wanted.inputs)
-        deadline, inbox, sampling = time.monotonic() + settings.timeout, asyncio.Queue(), Sampling()
-        jobs = [Job(model, i, prompt.ids, sampling, None, deadline, inbox) for i, prompt in enumerate(prompts)]
-        waiting = serving.hand_over(model, jobs, sum(len(prompt.ids) for prompt in prompts))
-        vectors: dict[int, list[float]] = {}
-
-        async def collect() -> None:
-            async for update in waiting.updates():
-                vectors[update.index] = update.vector
-
-        try:
-            await unless_gone(request, collect())
-        finally:
-            serving.engine.cancel([job for job in jobs if job.index not in vectors])
-        data = []
-        for i in range(len(jobs)):
-            vector = struct.pack(f"<{len(vectors[i])}f", *vectors[i]) if wanted.base64 else b""
-            shown = base64.b64encode(vector).decode() if wanted.base64 else vectors[i]
-            data.append({"object": "embedding", "index": i, "embedding": shown})
+        response = await serving.embed(request, arrived, parse_embedding(arrived.fields, served.vocab_size))
         count(request, 200)
-        total = usage(waiting.prompt_tokens, 0)
-        del total["completion_tokens"]
-        return JSONResponse({"object": "list", "model": model, "data": data, "usage": total})
+        return response
 
     @app.get("/health")
     async def health() -> Response:

@@ -85,7 +85,8 @@ class Update(NamedTuple):
 class Job:
     """One answer to be written. Belongs to the engine from `submit` on.
 
-    Args: text: reads the answer; None: an embedding of the prompt is wanted. deadline: on time.monotonic's clock.
+    Args: text: reads the answer; None: an embedding of the prompt is wanted. deadline, started (when the request was
+    there): on time.monotonic's clock.
     """
 
     model: str
@@ -147,16 +148,24 @@ class Engine:
     def capacity(self, model: str) -> int:
         return self.decoders[model].slots + self.max_queue
 
+    def retry_after(self, model: str, jobs: int) -> int:
+        """Seconds until so many jobs probably find a place; 0: now."""
+        with self.lock:
+            return self._retry_after(model, jobs)
+
+    def _retry_after(self, model: str, jobs: int) -> int:
+        ahead = self.open[model] + jobs - self.capacity(model)
+        seconds = self.mean_seconds * ahead / self.decoders[model].slots
+        return min(max(math.ceil(seconds), 1), 60) if ahead > 0 else 0
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hands over the jobs of one model, all or none.  Raises: QueueFull, EngineDown."""
         model = jobs[0].model
         with self.lock:
             if self.down:
                 raise EngineDown(self.down)
-            if self.open[model] + len(jobs) > self.capacity(model):
-                ahead = self.open[model] + len(jobs) - self.capacity(model)
-                seconds = self.mean_seconds * ahead / self.decoders[model].slots
-                raise QueueFull(min(max(math.ceil(seconds), 1), 60))
+            if seconds := self._retry_after(model, len(jobs)):
+                raise QueueFull(seconds)
             self.open[model] += len(jobs)
             for job in jobs:  # inside the lock: a failing engine sees either none of them or all
                 self.commands.put(("add", job))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
-from dataset.token_cache import plain_backend
+from dataset.token_cache import has_markers, plain_backend
 from scripts.serving.fields import ApiError
 from scripts.serving.models import ServedModels
 from scripts.serving.protocol import ChatRequest
@@ -50,9 +50,12 @@ class PromptMaker:
         self.thread = ThreadPoolExecutor(1, "prompts")
 
     async def chat(self, request: ChatRequest) -> Prompt:
+        self.check_characters(self.characters(request), "messages")  # here, so that nothing long waits for the thread
         return await asyncio.get_running_loop().run_in_executor(self.thread, self.make_chat, request)
 
     async def texts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
+        for prompt in prompts:
+            self.check_characters(len(prompt) if isinstance(prompt, str) else 0, "prompt")
         return await asyncio.get_running_loop().run_in_executor(self.thread, self.make_texts, prompts)
 
     def shown(self, prompt: str | list[int]) -> str:
@@ -68,14 +71,14 @@ class PromptMaker:
         """The chat template's prompt, control tokens in contents as text where the template says who writes what."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, "This model's tokenizer has no chat template: use /v1/completions.", code="no_template")
-        self.check_characters(sum(len(turn["content"]) for turn in request.messages), "messages")
         thinking, tools = request.thinking, list(request.tools.signatures) or None
         if request.tools.forced and thinking:
             thinking = False  # the answer begins with the call
         try:
             ids = chat_ids(self.tokenizer, request.messages, thinking, tools)
         except (ValueError, TypeError, TemplateError) as error:
-            raise ApiError(400, f"The messages do not fit the chat template: {error}", param="messages") from None
+            reason = " ".join(str(error).split())[:300]
+            raise ApiError(400, f"The messages do not fit the chat template: {reason}", param="messages") from None
         opened, begun = decode(self.tokenizer, ids[-8:]).rstrip().endswith(THINK), ""
         if request.tools.forced:
             closing = f"\n{END_THINK}\n\n" if opened else ""
@@ -93,7 +96,6 @@ class PromptMaker:
         made = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                self.check_characters(len(prompt), "prompt")
                 ids = text_ids(self.tokenizer, prompt)
             else:
                 ids = prompt
@@ -102,6 +104,15 @@ class PromptMaker:
             self.check_tokens(len(ids), "prompt")
             made.append(Prompt(ids))
         return made
+
+    def characters(self, request: ChatRequest) -> int:
+        """So many the prompt has at least. Of another family's template only contents are known to be in it."""
+        total = sum(len(turn["content"]) for turn in request.messages)
+        if has_markers(self.tokenizer.chat_template):
+            total += sum(len(turn.get("reasoning_content", "")) for turn in request.messages)
+            listed = [*request.tools.signatures, *(turn.get("tool_calls", []) for turn in request.messages)]
+            total += sum(len(json.dumps(one, ensure_ascii=False, separators=(",", ":"))) for one in listed if one)
+        return total
 
     def check_characters(self, characters: int, param: str) -> None:
         """Refuses what is too long in any case without tokenising it."""

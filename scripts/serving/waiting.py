@@ -88,7 +88,7 @@ class Waiting:
         self.engine, self.metrics, self.jobs, self.prompt_tokens = engine, metrics, jobs, prompt_tokens
         self.model, self.deadline, self.inbox = jobs[0].model, jobs[0].deadline, jobs[0].inbox
         self.choices = [Choice(job.index) for job in jobs]
-        self.began, self.first = time.monotonic(), 0.0
+        self.began, self.first = jobs[0].started, 0.0
 
     async def updates(self, patience: float | None = None) -> AsyncIterator[Update | None]:
         """Updates until all answers are complete; None whenever there was none for `patience` seconds.
