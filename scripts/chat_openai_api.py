@@ -53,6 +53,7 @@ class ApiChat:
         self.history: list[dict[str, str]] = []
 
     def note(self, text: str) -> None:
+        text = Painter.CONTROL.sub("\ufffd", text)  # names and messages of a server
         print(dim(text) if self.colour else text, file=self.notes, flush=True)
 
     def messages(self, question: str) -> list[dict[str, str]]:
@@ -87,6 +88,8 @@ class ApiChat:
 
         Raises: openai.OpenAIError.
         """
+        from openai import OpenAIError
+
         painter, start, thought, answer, about = Painter(self.out, self.colour, False), time.perf_counter(), "", "", ""
         finished = False
         try:
@@ -101,6 +104,10 @@ class ApiChat:
                     answer += text
         except KeyboardInterrupt:
             about = "stopped"
+        except OpenAIError:
+            if thought or answer:  # what is said about it stands on a line of its own
+                painter.write("\n")
+            raise
         painter.write("\n" if answer or not thought else "\n</think>\n")
         self.note(f"[{about}, {time.perf_counter() - start:.1f} s]")
         self.history += [{"role": "user", "content": clean(question)}, {"role": "assistant", "content": answer}]
@@ -203,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
     try:
-        from openai import OpenAI, OpenAIError
+        from openai import APIConnectionError, OpenAI, OpenAIError
     except ImportError as error:
         raise UserError("This needs the package openai: pip install openai") from error
     key = args.api_key or os.environ.get("MINIMIND_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
@@ -221,8 +228,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.prompt is not None:
             sys.exit(0 if chat.ask(args.prompt) else 130)
     except OpenAIError as error:
-        advice = "is the server running? `python scripts/serve_openai_api.py` starts one"
-        raise UserError(f"{args.base_url} does not answer as hoped: {explain(error)} ({advice})") from error
+        advice = ""
+        if isinstance(error, APIConnectionError):
+            advice = " (is the server running? `python scripts/serve_openai_api.py` starts one)"
+        raise UserError(f"{args.base_url}: {explain(error)}{advice}") from error
     chat.note(f"{args.base_url} · {chat.model} · /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
     run_manual(chat, line_reader(list(COMMANDS)))
 

@@ -124,6 +124,18 @@ def test_a_seed_means_the_same_text_alone_and_in_a_crowd(tiny):
     assert text(-1) == text(-1)
 
 
+def test_each_prompt_of_a_request_is_drawn_as_if_alone(tiny):
+    def texts(prompt, **more) -> list[str]:
+        reply = tiny.client().completions.create(
+            model="tiny", prompt=prompt, seed=5, temperature=1.2, top_p=1, max_tokens=20, **more
+        )
+        return [choice.text for choice in reply.choices]
+
+    prompts = ["Once upon", "The sea"]
+    assert texts(prompts) == texts(prompts[0]) + texts(prompts[1])
+    assert texts(prompts, n=2)[2] == texts(prompts[1])[0] and len(set(texts(prompts, n=2))) == 4
+
+
 def test_log_probabilities_are_those_of_a_plain_forward(tiny, model, tokenizer):
     fields = {"temperature": 1.0, "seed": 3, "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
     reply = ask(tiny, "Hello", **fields).choices[0]
@@ -165,9 +177,9 @@ def test_logit_bias_and_penalties(tiny, tokenizer):
 def test_a_json_object(tiny):
     """Constrained: whatever the model would rather say."""
     pieces, done = tiny.serving.vocabulary.pieces, 0
-    bias = {str(i): 4 for i, piece in enumerate(pieces) if piece in (b"}", b'"')}
-    for seed in range(4):
-        fields = {"seed": seed, "temperature": 1.5, "max_tokens": 300, "logit_bias": bias}
+    bias = {str(i): 6 for i, piece in enumerate(pieces) if piece in (b"}", b'"')}
+    for seed in range(3):
+        fields = {"seed": seed, "temperature": 1.5, "max_tokens": 120, "logit_bias": bias}
         reply = ask(tiny, "JSON!", response_format={"type": "json_object"}, **fields)
         choice = reply.choices[0]
         assert choice.message.content.startswith("{")
@@ -327,7 +339,9 @@ def test_models(tiny):
 
 
 def test_keys():
-    with running_server(serve_script(SCRIPT), api_keys=("sesame", "other")) as running:
+    with running_server(serve_script(SCRIPT), api_keys=("sesame", "other", "芝麻")) as running:
+        headers = {"authorization": "Bearer 芝麻".encode()}
+        assert running.get("/v1/models", headers=headers).status_code == 200
         for key in ("sesame", "other"):
             assert running.client(api_key=key).chat.completions.create(model="scripted", messages=USER).choices
         for value in (None, "Bearer sesam", "Bearer sesame2", "sesame", "Bearer", "Basic sesame", "Bearer \xff\xfe"):
@@ -339,6 +353,22 @@ def test_keys():
         assert running.get("/health").json()["status"] == "ok"
         with pytest.raises(openai.AuthenticationError):
             running.client().models.list()
+
+
+def test_without_a_key_a_local_server_has_only_local_names():
+    """DNS rebinding: a page of evil.example, whose name leads to 127.0.0.1, is of the same origin for the browser."""
+    with running_server(serve_script(SCRIPT), local=True) as running:
+        for host in ("evil.example", "evil.example:8998", "127.0.0.1.evil.example", "x", "[::1", "localhost.evil"):
+            reply = running.get("/v1/models", headers={"host": host})
+            assert reply.status_code == 403 and "API key" in reply.json()["error"]["message"], host
+            body = {"model": "scripted", "messages": USER}
+            assert running.post("/v1/chat/completions", body, headers={"host": host}).status_code == 403
+        for host in ("localhost:1", "127.0.0.1", "[::1]:8998", "host.docker.internal:8998", "192.168.0.7", "LOCALHOST"):
+            assert running.get("/v1/models", headers={"host": host}).status_code == 200, host
+        assert running.client().models.list().data
+    with running_server(serve_script(SCRIPT), local=True, api_keys=("sesame",)) as running:
+        headers = {"host": "api.example", "authorization": "Bearer sesame"}
+        assert running.get("/v1/models", headers=headers).status_code == 200
 
 
 def test_cors_is_off_unless_asked_for(tiny):
@@ -361,6 +391,8 @@ def test_a_full_queue_and_a_slow_answer():
         refused = running.chat("greet")
         assert refused.status_code == 429 and refused.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
+        refused = running.chat("word " * 100_000)
+        assert refused.status_code == 429  # though it is too long: its prompt was not looked at
         too_many = running.chat("greet", n=3)
         assert too_many.status_code == 400 and too_many.json()["error"]["param"] == "n"
         last = events(slow[0].result(HARD_LIMIT).text)[-1]  # had begun: the error is an event
@@ -476,6 +508,24 @@ def test_the_client_survives_a_server_that_goes(tokenizer):
         chat, out, notes = api_chat(running)
         chat.handle("greet")
     assert chat.handle("greet") and "error: " in notes.getvalue() and out.getvalue() == "Hello 你好 🙂!\n"
+
+
+def test_an_answer_that_breaks_off_is_reported_on_a_line_of_its_own():
+    served = serve_script({"count": "one two three four five six seven eight"})
+    decoder = served.decoders["scripted"]
+    step = decoder.step
+
+    def failing():
+        if decoder.steps == 4:
+            raise RuntimeError("no \x1b[31mmemory")
+        return step()
+
+    decoder.step = failing
+    with running_server(served) as running:
+        chat, out, notes = api_chat(running)
+        assert chat.handle("count")
+        assert out.getvalue().startswith("one") and out.getvalue().endswith("\n") and chat.history == []
+        assert "error: The model failed" in notes.getvalue() and "\x1b" not in notes.getvalue()
 
 
 def test_many_requests_leave_nothing_behind(scripted):
