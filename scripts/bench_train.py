@@ -25,7 +25,7 @@ import torch
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import atomic_open
-from trainer import run_log
+from trainer import memory, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import UserError, run_script
 from trainer.optimizer import OPTIMIZERS, make_optimizer
@@ -57,7 +57,12 @@ def measure(case: dict) -> dict:
     config = read_size(case["size"])
     raw_model = MiniMindForCausalLM(config).to(run.device).train()
     optimizer = make_optimizer(raw_model, 0.1, run.device, case["optimizer"], run.dtype)
-    args = argparse.Namespace(compile=case["compile"], deepspeed=None, checkpoint_activations=False)
+    args = argparse.Namespace(
+        compile=case["compile"], deepspeed=None, checkpoint_activations=False, max_memory=None,
+        batch_size=case["batch_size"], accumulation_steps=1, max_seq_len=case["seq_len"],
+    )  # fmt: skip
+    planned = memory.Plan(raw_model, optimizer, run, args, memory.held_now(run.device))
+    planned = planned.need(case["batch_size"], more_micros=False, checkpointed=False)
     model, nll = utils.compile_and_wrap(raw_model, optimizer, summed_nll, run, args)
     shape = (case["batch_size"], case["seq_len"])
     input_ids = torch.randint(3, config.vocab_size, shape, device=run.device)
@@ -100,6 +105,8 @@ def measure(case: dict) -> dict:
         "first_updates_seconds": warm,
         "mfu": rate * run_log.flops_per_token(raw_model, shape[1]) / peak if peak else None,
         "memory_gib": run_log.peak_memory_gib(run.device),
+        "planned_gib": planned.total / memory.GIB,
+        "planned": str(planned),
     }
 
 
@@ -119,16 +126,16 @@ def machine(device: str | None = None) -> dict:
 def table(rows: list[dict]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| size | parameters | dtype | compile | batch × length | tokens/s | ms/update | MFU | peak GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| size | parameters | dtype | compile | batch × length | tokens/s | ms/update | MFU | GiB at peak | planned |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] is not None else "–"
-        memory = f"{r['memory_gib']:.2f}" if r["memory_gib"] is not None else "–"
+        peak = f"{r['memory_gib']:.2f}" if r["memory_gib"] is not None else "–"
         lines.append(
             f"| {r['size']} | {r['parameters'] / 1e6:.1f}M | {r['dtype']} | {'on' if r['compile'] else 'off'} "
             f"| {r['batch_size']} × {r['seq_len']} | {r['tokens_per_second']:,.0f} "
-            f"| {r['seconds_per_update'] * 1000:,.0f} | {mfu} | {memory} |"
+            f"| {r['seconds_per_update'] * 1000:,.0f} | {mfu} | {peak} | {r['planned_gib']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ from trainer.command_line import UserError, check_writable
 from trainer.trainer_utils import Run
 
 # flags that a resumed run does not take over
-PER_START = ("resume", "out_dir", "device", "force", "local_rank", "rank_timeout")
+PER_START = ("resume", "out_dir", "device", "force", "local_rank", "rank_timeout", "max_memory")
 
 
 @dataclass

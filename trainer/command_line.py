@@ -7,6 +7,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -19,6 +20,13 @@ import torch.distributed as dist
 
 class UserError(ValueError):
     """Something the user can put right. The message says what came, what was expected and what to type."""
+
+
+LESS_MEMORY = (
+    "Less is needed with half the --batch_size and twice the --accumulation_steps (the same update), with "
+    "--checkpoint_activations, with a shorter --max_seq_len, or on several cards with --deepspeed "
+    "trainer/deepspeed/zero2.json"
+)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -42,16 +50,22 @@ def run_script(main: Callable[[], None]) -> None:
             hint = ". Free some space, or write to another disk; a run that saved a state goes on with --resume"
         print(f"error{rank}: {error}{hint}", file=sys.stderr, flush=True)
         leave(2)
-    except torch.OutOfMemoryError:
-        advice = "halve --batch_size and double --accumulation_steps (the same update), or shorten --max_seq_len"
-        print(f"error: the device is out of memory: {advice}.", file=sys.stderr, flush=True)
-        leave(2)
-    except Exception:  # shown as Python would show it, but without the teardown that `leave` avoids
+    except Exception as error:  # shown as Python would show it, but without the teardown that `leave` avoids
+        if is_out_of_memory(error):
+            print(f"error: the device is out of memory. {LESS_MEMORY}.", file=sys.stderr, flush=True)
+            leave(2)
         if not dist.is_initialized():
             raise
         print(f"error on rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
         traceback.print_exc()
         leave(1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A card says so with a type of its own, main memory and Apple's chips only in words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory", str(error)) is not None
 
 
 def leave(status: int) -> None:

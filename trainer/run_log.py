@@ -131,6 +131,7 @@ class RunLog:
             f"plan    {args.total_steps} updates in {args.epochs} epochs, learning rate {args.learning_rate:g} after "
             f"{args.warmup_iters} updates of warm-up",
             f"machine {run.device}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if args.compile else 'off'}",
+            f"memory  {run.memory_note}",
             f"output  {self.folder}",
         ]
         print("\n".join(lines), flush=True)

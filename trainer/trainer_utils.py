@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.stage_datasets import MixedDataset
 from model.model_minimind import MOEFeedForward, grouped_mm_works
-from trainer import zero
+from trainer import memory, zero
 from trainer.chunked_nll import compiled_piece
 from trainer.command_line import BoolFlag, UserError, leave, number
 from trainer.optimizer import OPTIMIZERS
@@ -81,6 +81,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     activations = "keep each block's input only and compute the rest again on the way back: less memory, slower"
     wait = "seconds after which a rank that waits for another gives up; torchrun --max-restarts then starts anew"
     machine.add_argument("--rank_timeout", type=positive, default=600, help=wait)
+    limit = "GiB that the run may take; more stops it before it starts, with flags that need less"
+    machine.add_argument("--max_memory", type=positive, help=limit + "; default what the device has: only a note")
     machine.add_argument("--checkpoint_activations", action=BoolFlag, default=False, help=activations)
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="weights and run folders, for example out")
@@ -138,6 +140,7 @@ class Run:
         self.skips_allowed = 25 if self.dtype == torch.float16 else 5
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.engine: zero.ZeroEngine | None = None  # with --deepspeed, once the model is wrapped
+        self.memory_note = ""  # what the run will need, once the model is wrapped
         self.seed_step(0)
 
     @property
@@ -293,6 +296,7 @@ def compile_and_wrap(
     if args.compile is None:
         tokens = args.total_steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         args.compile = compile_pays(run, tokens, looping)
+    run.memory_note = memory.advise(raw_model, optimizer, run, args)
     model = torch.compile(raw_model, dynamic=False) if args.compile else raw_model
     if args.compile and nll is not None:
         nll = functools.partial(nll, piece=compiled_piece())
