@@ -6,12 +6,14 @@ interrupted download is gone on with, by the next run too.
 中文：下载一个文件：检查文件名与磁盘空间，断点续传，核对校验和，最后才改成正式名字。
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from filelock import FileLock, Timeout
@@ -114,6 +116,22 @@ def receive(url: str, headers: dict[str, str], part: Path, size: int) -> None:
         os.fsync(f.fileno())
 
 
+@contextlib.contextmanager
+def alone(part: Path, target: Path) -> Iterator[None]:
+    """Nobody else downloads this file meanwhile.  Raises: UserError when somebody does already."""
+    lock = FileLock(str(part) + ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{target} is being downloaded by another process; wait for it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # Windows: somebody else looks at it
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
 def fetch(hub: Hub, repo: str, kind: str, file: RemoteFile, target: Path) -> None:
     """Downloads one file to `target`, going on where an earlier try stopped.
 
@@ -124,26 +142,22 @@ def fetch(hub: Hub, repo: str, kind: str, file: RemoteFile, target: Path) -> Non
 
     part = part_of(target)
     part.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(part) + ".lock")
-    try:
-        with lock.acquire(timeout=0):
-            if part.is_file() and part.stat().st_size > file.size:  # of another version
-                part.unlink()
+    with alone(part, target):
+        if part.is_file() and part.stat().st_size > file.size:  # of another version
+            part.unlink()
+        try:
             receive(hub.url(repo, kind, file.path), hub.headers(), part, file.size)
-            came = checksum_of(part, file.checksum) if file.checksum else ""
-            if came != file.checksum or part.stat().st_size != file.size:
-                part.unlink()
-                raise UserError(
-                    f"{file.path} has arrived with the checksum {came}, expected {file.checksum}: it is damaged or of "
-                    "another version and was thrown away. Run the command again, or name another --source."
-                )
-            os.replace(part, target)
-        Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        raise UserError(f"{target} is being downloaded by another process; wait for it.") from None
-    except httpx2.HTTPError as error:
-        cause = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(
-            f"the connection to {hub.endpoint} broke ({cause}); {part.stat().st_size:,} of {file.size:,} bytes of "
-            f"{target.name} are here. The same command goes on from there."
-        ) from error
+        except httpx2.HTTPError as error:
+            cause = " ".join(str(error).split())[:160] or type(error).__name__
+            raise UserError(
+                f"the connection to {hub.endpoint} broke ({cause}); {part.stat().st_size:,} of {file.size:,} bytes of "
+                f"{target.name} are here. The same command goes on from there."
+            ) from error
+        came = checksum_of(part, file.checksum) if file.checksum else ""
+        if came != file.checksum or part.stat().st_size != file.size:
+            part.unlink()
+            raise UserError(
+                f"{file.path} has arrived with the checksum {came}, expected {file.checksum}: it is damaged or of "
+                "another version and was thrown away. Run the command again, or name another --source."
+            )
+        os.replace(part, target)

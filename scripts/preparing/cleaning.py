@@ -17,7 +17,6 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u2064\u2066-\u2069"
     "\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-LINE_ENDS = re.compile(r"[^\S\n]+$", re.MULTILINE)
 BLANK_LINES = re.compile(r"\n{3,}")
 SYMBOLS = re.compile(r"[^\w\s]")
 LANGUAGES = {"zh": "Chinese", "en": "English", "other": "other"}
@@ -30,7 +29,7 @@ def clean_text(text: str, form: str) -> str:
     text = UNSEEN.sub("", text)
     if form != "none":
         text = unicodedata.normalize(form, text)
-    return BLANK_LINES.sub("\n\n", LINE_ENDS.sub("", text)).strip("\n").rstrip()
+    return BLANK_LINES.sub("\n\n", "\n".join(map(str.rstrip, text.split("\n")))).strip("\n")
 
 
 def map_texts(value: Any, change: Callable[[str], str], key: str = "") -> Any:

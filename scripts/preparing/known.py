@@ -14,6 +14,7 @@ from dataset import json_lines
 from scripts.preparing import cleaning, mixing
 from scripts.preparing.near_duplicates import NearDuplicates
 from scripts.preparing.report import shorten
+from trainer.command_line import UserError
 
 
 class Known:
@@ -27,6 +28,7 @@ class Known:
         self.args, self.out, self.files = args, out, [open(out.name, "rb")]  # closed by __exit__
         self.hashes: set[int] = set()  # 64 bits each: among ten million records a false hit has a chance of 3e-6
         self.places, self.owners = array("Q"), array("H")
+        self.foreign, self.foreign_hashes = 0, frozenset()  # of the records of `--against`, which come first
         self.near = NearDuplicates(args.near_threshold, args.shingle, self.read) if args.near_threshold else None
 
     def __enter__(self) -> "Known":
@@ -54,12 +56,14 @@ class Known:
         line = json.dumps(record, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
         mark = int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "big")
         if self.args.exact and mark in self.hashes:
-            return "exact duplicate", {}
+            return "in --against" if mark in self.foreign_hashes else "exact duplicate", {}
         if self.near:
             if similar := self.near.find_or_add(len(self.places), "\n".join(cleaning.texts(record))):
                 key, similarity = similar
-                why = "in --against" if self.owners[key] else "near duplicate"
-                return why, {"like": shorten(self.read(key)), "similarity": round(similarity, 3)}
+                told = {"similarity": round(similarity, 3), "like": shorten(self.read(key))}
+                if self.owners[key]:
+                    return "in --against", told
+                return "near duplicate", told | {"line_of_output": key - self.foreign + 1}
             self.places.append(self.out.tell() if place is None else place)
             self.owners.append(owner)
         self.hashes.add(mark)
@@ -72,4 +76,8 @@ class Known:
         for start, size in zip(places.starts, places.sizes, strict=True):
             self.files[-1].seek(start)
             record = cleaning.map_texts(json.loads(self.files[-1].read(size)), self.clean)
-            self.find_or_add(record, len(self.files) - 1, start)
+            if any(cleaning.texts(record)):
+                self.find_or_add(record, len(self.files) - 1, start)
+        if len(self.places) == self.foreign:
+            raise UserError(f"--against {path} holds no record with a text or turns.")
+        self.foreign, self.foreign_hashes = len(self.places), frozenset(self.hashes)

@@ -10,15 +10,20 @@ nothing is removed on an estimate.
 
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer.command_line import UserError
 
+if TYPE_CHECKING:
+    from datasketch import MinHash
+
 BANDS, ROWS = (
     10,
     6,
 )  # of the signature: at a similarity of 0.8 95 % of the pairs share a band, at 0.5 15 %, at 0.2 0.06 %
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
 NO_LETTERS = re.compile(r"[\W_]+")
 
 
@@ -31,10 +36,11 @@ def shingles(text: str, length: int) -> np.ndarray:
     codes = np.frombuffer(letters.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
     length = min(length, len(codes))
     hashes = np.zeros(len(codes) - length + 1, np.uint64)
-    for i in range(length):  # a polynomial modulo 2^64, shifted so that its upper bits depend on all characters
-        hashes = (hashes ^ codes[i : i + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(29)
-    return np.unique(hashes)
+    for i in range(length):  # a polynomial modulo 2^64
+        hashes = hashes * FACTOR + codes[i : i + len(hashes)]
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * FACTOR
+    hashes.sort()
+    return hashes[np.concatenate(([True], hashes[1:] != hashes[:-1]))]  # np.unique takes three times as long
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -54,13 +60,23 @@ class NearDuplicates:
             raise UserError("near duplicates need the package datasketch: pip install datasketch") from None
         self.threshold, self.length, self.read = threshold, length, read
         self.index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
-        self.empty = MinHash(num_perm=BANDS * ROWS, seed=1, hashfunc=int)  # the shingles are hashes already
+        self.minhash, self.base = MinHash, MinHash(num_perm=BANDS * ROWS, seed=1)
+
+    def signature(self, hashes: np.ndarray) -> "MinHash":
+        """For every permutation of datasketch the smallest value over the set.
+
+        Computed here for all shingles at once: `update_batch` takes them one by one, four times as long.
+        """
+        factors, offsets = (p.reshape(-1, 1) for p in self.base.permutations)
+        values = (factors * (hashes >> np.uint64(32)).astype(np.uint32) + offsets).min(axis=1)
+        return self.minhash(
+            seed=self.base.seed, hashvalues=values, permutations=self.base.permutations, scheme=self.base.scheme
+        )
 
     def find_or_add(self, key: int, text: str) -> tuple[int, float] | None:
         """(key, similarity) of the most similar earlier record from the threshold on; without one, this one is kept."""
         mine = shingles(text, self.length)
-        signature = self.empty.copy()
-        signature.update_batch((mine >> np.uint64(32)).tolist())
+        signature = self.signature(mine)
         similar = ((jaccard(mine, shingles(self.read(k), self.length)), -k) for k in self.index.query(signature))
         similarity, earlier = max(similar, default=(0.0, 0))
         if similarity >= self.threshold:

@@ -7,6 +7,7 @@ it into ours.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def read_html(path: Path, options: Options) -> Iterator[Raw]:
         import trafilatura
     except ImportError:
         raise UserError("web pages need the package trafilatura: pip install trafilatura lxml_html_clean") from None
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot read is told here, in one line
     text = trafilatura.extract(path.read_bytes(), include_comments=False, include_tables=True)
     if text:
         yield from pieces(path, text, options.split)

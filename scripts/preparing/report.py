@@ -30,7 +30,7 @@ class Report:
         self.languages: dict[str, Counter] = {"records": Counter(), "characters": Counter()}
         self.lengths: Counter[int] = Counter()  # by the power of two they reach
         self.sources: dict[str, dict] = {}
-        self.start = time.perf_counter()
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
     def leave_out(self, reason: str, where: str, text: str, **more: Any) -> None:
         self.left_out[reason] += 1
@@ -57,6 +57,7 @@ class Report:
             "lengths_in_characters": {f"{n}-{2 * n - 1}": self.lengths[n] for n in sorted(self.lengths)},
             "bytes_read": self.bytes,
             "seconds": round(time.perf_counter() - self.start, 2),
+            "cpu_seconds": round(time.process_time() - self.cpu_start, 2),
         }
 
     def write(self, output: Path) -> Path:
@@ -67,7 +68,7 @@ class Report:
         return path
 
     def table(self) -> str:
-        facts, seconds = self.as_dict(), time.perf_counter() - self.start
+        facts = self.as_dict()
         rows = [("read", self.read, ""), ("written", self.written, share(self.written, self.read))]
         if self.changed:
             rows.append(("of them changed", self.changed, share(self.changed, self.read)))
@@ -88,7 +89,9 @@ class Report:
         for n in sorted(self.lengths):
             bar = "█" * max(1, round(30 * self.lengths[n] / most))
             lines.append(f"{n:>9,} characters on  {self.lengths[n]:>10,}  {bar}")
-        lines.append(f"{seconds:,.1f} s, {self.bytes / 1e6 / max(seconds, 1e-9):,.1f} MB/s")
+        size, seconds, cpu = self.bytes / 1e6, facts["seconds"], facts["cpu_seconds"]
+        rates = [size / max(s, 0.01) for s in (seconds, cpu)]
+        lines.append(f"{size:,.1f} MB in {seconds:,.1f} s: {rates[0]:,.1f} MB/s, {rates[1]:,.1f} MB per CPU second")
         return "\n".join(lines)
 
 
