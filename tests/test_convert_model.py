@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_trainers import one_error, train
 from test_weights import Trap
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -841,11 +842,9 @@ def test_errors_of_the_command_line(tmp_path, convert, capsys):
     assert not left_over(tmp_path)
 
 
-def test_runs_from_another_folder_and_fails_with_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "convert_model.py"), "to-stock", "--model", "nothing"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: --model nothing does not")
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_line():
+    result = train(convert_model, ["to-stock", "--model", "nothing"])
+    assert one_error(result).startswith("error: --model nothing does not exist")
 
 
 def test_gguf_without_its_package(monkeypatch, tmp_path, convert):
