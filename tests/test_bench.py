@@ -13,7 +13,7 @@ import pytest
 from dataset.lm_dataset import IGNORE, PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from scripts import bench_data, bench_generate, bench_gpu, bench_recipe, bench_train, plot_scaling
+from scripts import bench_data, bench_engines, bench_generate, bench_gpu, bench_recipe, bench_train, plot_scaling
 from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
@@ -316,3 +316,24 @@ def test_scaling_refuses_to_mix_machines_or_to_fit_too_little(monkeypatch, tmp_p
     (tmp_path / "c.json").write_text(json.dumps({"machine": {"device": "x"}, "rows": rows[:4]}), encoding="utf-8")
     with pytest.raises(UserError, match="too few"):
         run(plot_scaling, monkeypatch, tmp_path / "c.json")
+
+
+# --- several processes, and saving ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_engines_and_saving_are_measured(tmp_path, monkeypatch, capsys):
+    small = "--engines one_process DDP --size 32x1 --seq_len 32 --updates 2 --save_size 64x1 --device cpu".split()
+    words = [word.replace("_p", " p") if word == "one_process" else word for word in small]
+    run(bench_engines, monkeypatch, *words, "--json", tmp_path / "engines.json")
+    report = json.loads((tmp_path / "engines.json").read_text(encoding="utf-8"))
+    assert list(report["engines"]) == ["one process", "DDP"] and min(report["engines"].values()) > 0
+    saving = report["saving"]
+    # float32 weights, Muon's mean for matrices, AdamW's two for the rest
+    assert saving["state_bytes"] > 8 * 6400 * 64 and 0 < saving["save"] < 60 and 0 < saving["resume"] < 60
+    assert "| DDP |" in capsys.readouterr().out
+
+
+def test_rows_have_to_be_shared_evenly(monkeypatch):
+    with pytest.raises(UserError, match="cannot be shared by 2 ranks"):
+        run(bench_engines, monkeypatch, "--rows", "5", "--ranks", "2")
