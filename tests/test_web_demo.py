@@ -143,7 +143,7 @@ def test_stop_keeps_what_was_said(open_page, out_dir, says):
 
 
 def test_new_chat_regenerate_edit_delete(open_page, out_dir, says):
-    says("first", "second", "third", "fourth")
+    says("first", "second", "third", "fourth", "fifth")
     app = ask(open_page(out_dir), "Q1")
     finished(app.button(key="regenerate").click().run())
     assert [m.text for m in chat_of(app).messages] == ["Q1", "second"]
@@ -154,8 +154,12 @@ def test_new_chat_regenerate_edit_delete(open_page, out_dir, says):
     ask(app, "Q3")
     app.button(key="delete_0").click().run()
     assert [m.text for m in chat_of(app).messages] == ["Q3", "fourth"] and len(app.chat_message) == 2
+    app.button(key="edit_0").click().run()
     app.button(key="new_chat").click().run()
     assert not app.chat_message and chat_of(app).messages == []
+    finished(app.button(key="suggestion_0").click().run())
+    assert [m.text for m in chat_of(app).messages] == ["Who are you?", "fifth"]
+    assert [area.key for area in app.text_area] == ["system"]  # the editor that was open is gone
 
 
 def test_the_settings_reach_the_sampler_and_the_prompt(open_page, out_dir, says, monkeypatch):
@@ -203,6 +207,14 @@ def test_hostile_text_of_a_model_stays_text(open_page, out_dir, says):
         assert not thought.markdown
 
 
+def test_what_stands_beside_the_weights_stays_text(open_page, out_dir):
+    about = json.loads((out_dir / "full_sft_32.json").read_text())
+    (out_dir / "full_sft_32.json").write_text(json.dumps({**about, "stage": HOSTILE[0]}))
+    app = open_page(out_dir)
+    kinds = {token.type for token in tokens_of(app.caption[0].value)}
+    assert "image" not in kinds and "evil" in app.caption[0].value
+
+
 def test_code_is_shown_as_code(open_page, out_dir, says):
     says("So:\n```python\na[0] = '<b>'\n```")
     app = ask(open_page(out_dir), "Code?")
@@ -242,12 +254,16 @@ def test_another_model_and_an_adapter_are_chosen(open_page, out_dir, says):
     save_lora(model, out_dir / "lora" / "mine_32.pth", LoraConfig(rank=2))
     says("three", "four")
     app = open_page(out_dir)
+    app.selectbox(key="model").set_value("full_sft_32.pth").run()
+    app.text_area(key="system").set_value("Be brief.")
+    app.toggle(key="tools").set_value(True).run()
     app.selectbox(key="model").set_value("pretrain_32.pth").run()
     assert not app.exception and "pretrain" in app.caption[0].value and not app.toggle
     ask(app, "One, two, ")
     assert app.chat_message[1].markdown[0].value == "One, two, three"
     app.selectbox(key="model").set_value("full_sft_32.pth").run()
     app.selectbox(key="adapter").set_value("mine_32").run()
+    assert app.text_area(key="system").value == "Be brief." and app.toggle(key="tools").value is True  # still
     assert not app.exception and "mine_32" not in app.main.markdown and chat_of(app).adapter == "mine_32"
 
 

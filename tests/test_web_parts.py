@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from markdown_it import MarkdownIt
 
-from model.generation import stream_generate
+from model.generation import Sampling, stream_generate
 from model.model_lora import LoraConfig, add_lora, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_tokenizer, save_weights
@@ -294,6 +294,17 @@ def test_an_answer_is_that_of_the_decoder_alone_and_in_company(backend, tokenize
         thread.join(30)
     assert [together[q].text for q in questions] == [message.text for message in alone]
     assert not backend.decoder.busy
+
+
+def test_steps_of_others_lose_no_token(backend, tokenizer):
+    """A visitor who is slow to take his tokens, while another's steps write on for both."""
+    ids = chat_ids(tokenizer, [{"role": "user", "content": "Hello"}], None)
+    sampling = Sampling(temperature=0, max_new_tokens=24, stop_ids=backend.stop_ids)
+    alone = list(backend.draw(ids, sampling))
+    slow = backend.draw(ids, sampling)
+    taken = [next(slow)]
+    assert list(backend.draw(ids, sampling)) == alone
+    assert taken + list(slow) == alone and not backend.decoder.busy
 
 
 def test_the_settings_reach_the_sampler(backend, monkeypatch):
@@ -580,9 +591,15 @@ def test_an_answer_of_a_server(server):
 def test_a_server_that_refuses_or_is_silent(server):
     url, handler = server
     handler.status = 429
-    with pytest.raises(UserError, match="queue is full"):
+    with pytest.raises(UserError, match="says: the queue is full$"):
         answer(ApiBackend(url, "m"), "Hi", ChatSettings())
     with pytest.raises(UserError, match="does not answer"):
+        served_models("http://127.0.0.1:9/v1", None)
+
+
+def test_a_server_without_the_openai_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)  # importing it fails
+    with pytest.raises(UserError, match="pip install openai"):
         served_models("http://127.0.0.1:9/v1", None)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from model.generation import NOT_A_NUMBER, Decoder, Sampling, stop_ids, stream_generate
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import WeightsError
+from scripts.chat_openai_api import explain
 from scripts.terminal import TextStream, chat_ids, decode, split_thinking, text_ids
 from scripts.web.chat_state import ChatSettings, Message, fitted, newest_exchanges, template_turns
 from scripts.web.tools import ToolCall, split_calls
@@ -99,16 +100,16 @@ class LocalBackend:
         taken = 0
         try:
             while True:
-                reason = request.finish_reason  # read first: all tokens are there once it is set
-                yield from request.answer[taken:] if reason else request.tokens[taken:]
-                taken = len(request.tokens) if not reason else taken
+                with self.lock:  # others' steps may have written for this visitor too
+                    if request.finish_reason is None and len(request.tokens) == taken:
+                        self.decoder.step()
+                    reason, new = request.finish_reason, request.answer[taken:]
+                taken += len(new)
+                yield from new
                 if reason == "error":
                     raise WeightsError(NOT_A_NUMBER)
                 if reason:
                     return
-                with self.lock:
-                    if request.finish_reason is None and len(request.tokens) == taken:
-                        self.decoder.step()
         finally:
             with self.lock:
                 self.decoder.cancel(request)
@@ -133,7 +134,7 @@ class ApiBackend:
 
     def stream(self, turns: Sequence[Message], settings: ChatSettings, tools: list[dict] | None) -> Iterator[Message]:
         """See `Backend`.  Raises: UserError when the server refuses or cannot be reached."""
-        import openai
+        from openai import OpenAIError
 
         start, tokens, first, finish = time.perf_counter(), 0, 0.0, ""
         thought, said, calls = "", "", {}
@@ -164,8 +165,8 @@ class ApiBackend:
                         tokens += not chunk.usage
                         first = first or time.perf_counter() - start
                         yield message()
-        except openai.OpenAIError as error:
-            raise UserError(f"The server at {self.client.base_url} says: {error}") from error
+        except OpenAIError as error:
+            raise UserError(f"The server at {self.client.base_url} says: {explain(error)}") from error
         yield message("length" if finish == "length" else "stop")
 
     def request(self, turns: Sequence[Message], settings: ChatSettings, tools: list[dict] | None) -> dict:
@@ -215,9 +216,10 @@ def make_client(url: str, key: str | None, timeout: float) -> object:
 
 def served_models(url: str, key: str | None, timeout: float = 3.0) -> list[str]:
     """The names of the models of a server.  Raises: UserError when it cannot be asked."""
-    import openai
+    client = make_client(url, key, timeout)
+    from openai import OpenAIError  # it is there, or the line above has said so
 
     try:
-        return sorted(model.id for model in make_client(url, key, timeout).models.list().data)
-    except openai.OpenAIError as error:
-        raise UserError(f"{url} does not answer ({error})") from error
+        return sorted(model.id for model in client.models.list().data)
+    except OpenAIError as error:
+        raise UserError(f"{url} does not answer as hoped: {explain(error)}") from error

@@ -6,7 +6,7 @@ Reading order: the page → choosing a model → settings → the conversation �
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import streamlit as st
 
@@ -16,7 +16,7 @@ from scripts.web.chat_state import Chat, Chats, ChatSettings, Message, as_markdo
 from scripts.web.copy_button import copy_button
 from scripts.web.models import Choice, find_adapters, find_models, load
 from scripts.web.options import Options
-from scripts.web.safe_text import parts, visible
+from scripts.web.safe_text import parts, safe_markdown, visible
 from trainer.command_line import UserError
 
 Say = Callable[..., str]
@@ -149,7 +149,7 @@ def show_no_models(options: Options, say: Say) -> None:
 
 
 def choose_settings(now: ChatSettings, backend: LocalBackend | ApiBackend, say: Say) -> ChatSettings:
-    """The controls of the sidebar, beginning with the settings as they are."""
+    """The controls of the sidebar, beginning with the settings as they are; those without a control stay."""
     values: dict[str, object] = {}
     if not backend.continues_text:
         thinking = {"auto": None, "on": True, "off": False}
@@ -181,7 +181,7 @@ def choose_settings(now: ChatSettings, backend: LocalBackend | ApiBackend, say: 
         values["seed"] = st.number_input(
             say("seed"), 0, 2**31 - 1, now.seed, 1, key="seed", help=say("seed_help"), placeholder=say("none")
         )
-    return ChatSettings(**values)
+    return replace(now, **values)
 
 
 # --- The conversation -------------------------------------------------------------------------------------------------
@@ -203,7 +203,8 @@ def show_header(chosen: Chosen, backend: LocalBackend | ApiBackend, chat: Chat, 
                     say(key), make, f"chat.{ending}", mime, key=key, on_click="ignore", type="tertiary",
                     icon=":material/description:",
                 )  # fmt: skip
-        st.button(say("new_chat"), icon=":material/edit_square:", key="new_chat", type="tertiary", on_click=chat.clear)
+        st.button(say("new_chat"), icon=":material/edit_square:", key="new_chat", type="tertiary",
+                  on_click=leave_editor, args=(chat.clear,))  # fmt: skip
 
 
 def facts(chosen: Chosen, backend: LocalBackend | ApiBackend, say: Say) -> str:
@@ -211,7 +212,8 @@ def facts(chosen: Chosen, backend: LocalBackend | ApiBackend, say: Say) -> str:
         return say("facts_server", url=chosen.url)
     count = backend.parameters
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
-    return say("facts_local", parameters=size, stage=backend.stage or "chat", device=backend.model.device)
+    stage = safe_markdown(visible(str(backend.stage or "chat")))  # as the JSON beside the weights says
+    return say("facts_local", parameters=size, stage=stage, device=backend.model.device)
 
 
 def show_conversation(chat: Chat, backend: LocalBackend | ApiBackend, say: Say) -> None:
@@ -250,7 +252,13 @@ def show_question(chat: Chat, index: int, backend: LocalBackend | ApiBackend, sa
             st.button("", icon=":material/edit:", key=f"edit_{index}", type="tertiary", help=say("edit"),
                       on_click=st.session_state.__setitem__, args=("editing", index))  # fmt: skip
             st.button("", icon=":material/delete:", key=f"delete_{index}", type="tertiary", help=say("delete"),
-                      on_click=chat.delete, args=(index,))  # fmt: skip
+                      on_click=leave_editor, args=(chat.delete, index))  # fmt: skip
+
+
+def leave_editor(action: Callable[..., None], *args: object) -> None:
+    """Carries out what was clicked. An open editor closes: the question it belongs to may have moved."""
+    st.session_state.pop("editing", None)
+    action(*args)
 
 
 def show_editor(chat: Chat, index: int, backend: LocalBackend | ApiBackend, say: Say) -> None:

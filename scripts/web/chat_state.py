@@ -16,13 +16,14 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from scripts.web.tools import ToolCall, signatures
 
 MOST_ROUNDS = 5  # answers in a row that may call tools
-UNWATCHED_SECONDS = 30.0  # an answer that nobody has looked at for so long is stopped
+# An answer that nobody has looked at for so long is stopped. Browsers let the page in a hidden tab look once a minute.
+UNWATCHED_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ class Job:
     """Writes one answer, tools included, in a thread of its own."""
 
     def __init__(self, chat: Chat, backend: Backend, settings: ChatSettings):
-        self.chat, self.backend, self.settings = chat, backend, settings
+        tools = settings.tools and not backend.continues_text
+        self.chat, self.backend, self.settings = chat, backend, replace(settings, tools=tools)
         self.lock = threading.Lock()  # after `stop` returns, this job changes nothing any more
         self.stopped = False
         self.thread = threading.Thread(target=self._run, name="answer", daemon=True)
