@@ -347,26 +347,32 @@ def run_prompts(chat: Chat, prompts: Sequence[str]) -> int:
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Chat with a trained model, or score it on test questions. Defaults stand in brackets.",
-        allow_abbrev=False,
-    )
+def add_weight_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Adds what `find_model` and `load_all` read; the `add_argument` of their group comes back for what else says which
+    weights."""
     modes = ", ".join(f"{i} {stage}" for i, stage in enumerate(MODE_STAGES))
-
     add = parser.add_argument_group("which weights").add_argument
     add("--load", type=int, choices=(0, 1), default=0, help="0: own weights in --out_dir, 1: transformers folder (0)")
     add("--model_mode", type=int, choices=range(len(MODE_STAGES)), help=f"{modes} (the newest in --out_dir)")
     add("--weights", type=Path, metavar="PATH", help="a .pth file or a transformers folder, wherever it is")
     add("--model_path", type=Path, default=Path("MiniMind2"), help="the folder for --load 1 (./MiniMind2)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="another tokenizer than that of the weights")
-    add("--lora_name", metavar="NAME", help="adapter to apply, OUT_DIR/lora/NAME_512.pth (none)")
     add("--out_dir", type=Path, default=ROOT / "out", help="folder of the weights (out/ of the project)")
     add("--hidden_size", type=int, help="take only weights of this width, for example 512 (any)")
     add("--num_hidden_layers", type=int, help="insist on this many layers (as saved)")
     add("--use_moe", action=BoolFlag, help="take only mixture-of-experts weights, or only dense ones (any)")
     add("--device", help="cpu, cuda, cuda:1 or mps (the best there is)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="arithmetic (half precision on CUDA, else float32)")
+    return add
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Chat with a trained model, or score it on test questions. Defaults stand in brackets.",
+        allow_abbrev=False,
+    )
+    add = add_weight_flags(parser)
+    add("--lora_name", metavar="NAME", help="adapter to apply, OUT_DIR/lora/NAME_512.pth (none)")
     add("--compile", action=BoolFlag, default=False, help="wait a minute, then chat at up to twice the speed (off)")
 
     group = parser.add_argument_group("what to do")

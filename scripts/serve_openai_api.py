@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from transformers.utils import logging as transformers_logging
 
-from eval_model import MODE_STAGES, find_model, load_all
+from eval_model import add_weight_flags, find_model, load_all
 from trainer.command_line import BoolFlag, UserError, number, run_script
-from trainer.trainer_utils import DTYPES, find_device
+from trainer.trainer_utils import find_device
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -43,23 +43,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Serve a model in the form of OpenAI's API. Defaults stand in brackets.", allow_abbrev=False
     )
     natural, seconds = number(int, 1), number(float, 0, excluded=True)
-    modes = ", ".join(f"{i} {stage}" for i, stage in enumerate(MODE_STAGES))
 
-    add = parser.add_argument_group("which weights").add_argument
-    add("--load", type=int, choices=(0, 1), default=0, help="0: own weights in --out_dir, 1: transformers folder (0)")
-    add("--model_mode", type=int, choices=range(len(MODE_STAGES)), help=f"{modes} (the newest in --out_dir)")
-    add("--weights", type=Path, metavar="PATH", help="a .pth file or a transformers folder, wherever it is")
-    add("--model_path", type=Path, default=Path("MiniMind2"), help="the folder for --load 1 (./MiniMind2)")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="another tokenizer than that of the weights")
+    add = add_weight_flags(parser)
     add("--model_name", metavar="NAME", help="what clients call the model (the name of its file or folder)")
     add("--lora", action="append", default=[], metavar="NAME[=PATH]",
         help="an adapter as a model NAME; alone: OUT_DIR/lora/NAME_512.pth; may be given several times")  # fmt: skip
-    add("--out_dir", type=Path, default=ROOT / "out", help="folder of the weights (out/ of the project)")
-    add("--hidden_size", type=int, help="take only weights of this width, for example 512 (any)")
-    add("--num_hidden_layers", type=int, help="insist on this many layers (as saved)")
-    add("--use_moe", action=BoolFlag, help="take only mixture-of-experts weights, or only dense ones (any)")
-    add("--device", help="cpu, cuda, cuda:1 or mps (the best there is)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="arithmetic (half precision on CUDA, else float32)")
     add("--compile", action=BoolFlag, default=False, help="start a minute later, then write faster (off)")
 
     add = parser.add_argument_group("how many at once").add_argument
@@ -129,13 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     transformers_logging.disable_progress_bar()
-    keys = [*args.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)])]
-    if "" in args.api_key:
+    keys = [key.strip() for key in (*args.api_key, os.environ.get(KEY_VARIABLE, ""))]  # a file's key ends in a newline
+    if "" in keys[:-1]:
         raise UserError("--api_key is empty; give a key, or leave it out.")
+    keys = [key for key in keys if key]
     sock = listen(args.host, args.port)  # before minutes of loading
     settings = ServerSettings(
-        api_keys=tuple(keys), origins=tuple(args.cors), max_body=args.max_body_kib << 10, max_queue=args.max_queue,
-        timeout=args.timeout,
+        api_keys=tuple(keys), local=args.host in LOOPBACK, origins=tuple(args.cors), max_body=args.max_body_kib << 10,
+        max_queue=args.max_queue, timeout=args.timeout,
         defaults=Defaults(args.temperature, args.top_p, args.max_new_tokens, min(16, args.slots + args.max_queue)),
     )  # fmt: skip
     serving = Serving(load(args), settings)
