@@ -249,7 +249,9 @@ def in_percent(figure: dict) -> tuple[float, list[float]]:
 
 def colours_of(plt: Any, count: int) -> list:
     """A colour for each checkpoint, no two the same."""
-    return list(COLOURS[:count]) if count <= len(COLOURS) else [plt.get_cmap("turbo")(i / count) for i in range(count)]
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return [plt.get_cmap("turbo")(0.1 + 0.8 * i / count) for i in range(count)]  # its ends are near black
 
 
 def draw_panel(
@@ -283,7 +285,7 @@ def draw_bars(plt: Any, checkpoints: Sequence[dict]) -> Any | None:
         return None
     colours = colours_of(plt, len(checkpoints))
     groups = max(len({bar[0] for panels in found for bar in panels.get(title, [])}) for title in titles)
-    columns = min(len(checkpoints) + 1, 4)  # of the legend
+    columns = min(len(checkpoints) + 1, 2 * len(titles))  # of the legend: names may be long
     lines = -(-(len(checkpoints) + 1) // columns)
     height = max(groups * (0.24 * len(checkpoints) + 0.22) + 1.0, 2.7) + 0.25 * lines
     figure, axes = plt.subplots(1, len(titles), figsize=(5.6 * len(titles), height), dpi=120, squeeze=False)
