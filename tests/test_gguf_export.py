@@ -419,22 +419,23 @@ func main() {
 """
 
 
-@pytest.mark.skipif(shutil.which("go") is None, reason="needs the Go toolchain, whose templates Ollama uses")
-def test_go_renders_what_our_template_renders(tmp_path):
-    tokenizer = load_tokenizer()
-    call = {"function": {"name": "look", "arguments": {"city": "Rome"}}}
-    tools = [{"function": {"name": "look"}, "type": "function"}]  # in the order in which Go writes a map
-    chats = [
-        ([{"role": "user", "content": "hi {{ x }}"}], None),
-        ([{"role": "system", "content": "S"}, {"role": "user", "content": "你\n"},
-          {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], None),
-        ([{"role": "user", "content": "w"}, {"role": "assistant", "content": "", "tool_calls": [call, call]},
-          {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "so", "tool_calls": [call]},
-          {"role": "user", "content": "w"}], tools),
-        ([{"role": "system", "content": "S"}, {"role": "user", "content": "w"}], tools * 2),
-    ]  # fmt: skip
+CALL = {"function": {"name": "look", "arguments": {"city": "Rome"}}}
+TOOLS = [{"function": {"name": "look"}, "type": "function"}]  # in the order in which Go writes a map
+CHATS = [
+    ([{"role": "user", "content": "hi {{ x }}"}], None),
+    ([{"role": "system", "content": "S"}, {"role": "user", "content": "你\n"},
+      {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], None),
+    ([{"role": "user", "content": "w"}, {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+      {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "so", "tool_calls": [CALL]},
+      {"role": "user", "content": "w"}], TOOLS),
+    ([{"role": "system", "content": "S"}, {"role": "user", "content": "w"}], TOOLS * 2),
+]  # fmt: skip
+
+
+def as_ollama_gives_them() -> list[dict]:
+    """The chats with the names that its templates know."""
     given = []
-    for messages, listed in chats:
+    for messages, listed in CHATS:
         turns = []
         for m in messages:
             functions = [c["function"] for c in m.get("tool_calls", ())]
@@ -442,16 +443,104 @@ def test_go_renders_what_our_template_renders(tmp_path):
             turns.append({"Role": m["role"], "Content": m["content"], "ToolCalls": calls})
         system = next((m["content"] for m in messages if m["role"] == "system"), "")
         given.append({"System": system, "Messages": turns, "Tools": listed or []})
-    (tmp_path / "main.go").write_text(GO, encoding="utf-8")
-    (tmp_path / "t.txt").write_text(ollama.go_template(ollama.read_pieces(tokenizer)), encoding="utf-8")
-    environment = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "GO111MODULE": "off", "GOFLAGS": ""}
-    done = subprocess.run(
-        ["go", "run", str(tmp_path / "main.go"), str(tmp_path / "t.txt")], input=json.dumps(given), text=True,
-        capture_output=True, env=environment, timeout=240, encoding="utf-8",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for (messages, listed), got in zip(chats, json.loads(done.stdout), strict=True):
-        ours = tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, add_generation_prompt=True)
+    return given
+
+
+def compare_with_ours(rendered: list[str]) -> None:
+    for (messages, listed), got in zip(CHATS, rendered, strict=True):
+        ours = load_tokenizer().apply_chat_template(messages, tools=listed, tokenize=False, add_generation_prompt=True)
         if listed:  # Go writes JSON without blanks
             ours, got = (text.replace(": ", ":").replace(", ", ",") for text in (ours, got))
         assert got == ours
+
+
+class GoTemplate:
+    """As much of Go's text/template as ours uses, for machines without Go: if, else, range, or, eq, fields."""
+
+    def __init__(self, text: str):
+        self.parts = iter(re.split(r"(\{\{.*?\}\})", text.replace("{{-", "{{", 1)))
+        self.nodes, end = self.read()
+        assert end is None
+
+    def read(self) -> tuple[list, str | None]:
+        """The nodes up to an `end` or `else`, and which it was."""
+        nodes = []
+        for part in self.parts:
+            word, _, rest = part[2:-2].strip().partition(" ")
+            if not part.startswith("{{"):
+                nodes.append(part)
+            elif word in ("end", "else"):
+                return nodes, f"{word} {rest}".strip()
+            elif word == "if":
+                nodes.append(self.read_if(rest))
+            elif word == "range":
+                body, end = self.read()
+                assert end == "end"
+                nodes.append(("range", rest, body, []))
+            else:
+                nodes.append(("write", part[2:-2].strip(), [], []))
+        return nodes, None
+
+    def read_if(self, condition: str) -> tuple:
+        body, end = self.read()
+        other = []
+        if end == "else":
+            other, end = self.read()
+        elif end != "end":
+            other, end = [self.read_if(end.removeprefix("else if "))], "end"
+        assert end == "end"
+        return "if", condition, body, other
+
+    def value(self, word: str, scope: dict):
+        if word.startswith('"'):
+            return json.loads(word)
+        name, *path = word.split(".")
+        found = scope[name]
+        for key in filter(None, path):
+            found = found[key]
+        return found
+
+    def evaluate(self, words: str, scope: dict):
+        first, *rest = words.split(" ")
+        if not rest:
+            return self.value(first, scope)
+        left, right = (self.value(word, scope) for word in rest)
+        return {"or": left or right, "eq": left == right}[first]
+
+    def render(self, nodes: list, scope: dict) -> str:
+        text = ""
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+                continue
+            kind, words, body, other = node
+            if kind == "range":
+                names, _, words = words.rpartition(":= ")
+                names = [name.strip() for name in names.split(",") if name.strip()]
+                for pair in enumerate(self.evaluate(words, scope)):
+                    text += self.render(body, {**scope, **dict(zip(names, pair, strict=False)), "": pair[1]})
+                continue
+            found = self.evaluate(words, scope)
+            if kind == "if":
+                text += self.render(body if found else other, scope)
+            else:
+                text += found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        return text
+
+
+def test_the_template_of_the_modelfile_renders_what_ours_renders():
+    template = GoTemplate(ollama.go_template(ollama.read_pieces(load_tokenizer())))
+    compare_with_ours([template.render(template.nodes, {"": chat}) for chat in as_ollama_gives_them()])
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs the Go toolchain, whose templates Ollama uses")
+def test_go_renders_what_our_template_renders(tmp_path):
+    (tmp_path / "main.go").write_text(GO, encoding="utf-8")
+    (tmp_path / "t.txt").write_text(ollama.go_template(ollama.read_pieces(load_tokenizer())), encoding="utf-8")
+    environment = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "GO111MODULE": "off", "GOFLAGS": ""}
+    done = subprocess.run(
+        ["go", "run", str(tmp_path / "main.go"), str(tmp_path / "t.txt")], input=json.dumps(as_ollama_gives_them()),
+        text=True, capture_output=True, env=environment, timeout=240, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    compare_with_ours(json.loads(done.stdout))
