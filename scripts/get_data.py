@@ -51,7 +51,10 @@ def choose(wish: Wish, there: list[hubs.RemoteFile]) -> list[hubs.RemoteFile]:
     if not found:
         names = sorted(f.path for f in there if PurePosixPath(f.path).suffix.lower() in WANTED)
         lies = f"{', '.join(names[:20])}{' …' if len(names) > 20 else ''}" if names else "nothing of use"
-        raise UserError(f"{wish.repo} holds no {wish.path or 'data or weights'}; it holds {lies}.")
+        raise UserError(
+            f"{wish.repo} holds no {wish.path or 'data or weights'}; it holds {lies}. Older files may be in an earlier "
+            "--revision."
+        )
     return found
 
 

@@ -40,6 +40,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.sizes, self.sums, self.page_size = {}, {}, None
         self.address = f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request, client_address):
+        """A client that hangs up is part of the tests."""
+
     def files(self, kind_and_repo):
         for owner in catalogue.OWNERS.values():
             kind_and_repo = kind_and_repo.replace(f"/{owner}/", "/{}/")
@@ -215,6 +218,12 @@ def test_a_wrong_checksum_is_refused_and_the_part_removed(hub, source, tmp_path,
     assert run(capsys, "dpo.jsonl", *flags, "--sha256", "1" * 64)[0] == 2
 
 
+def test_more_than_was_announced_is_refused(hub, source, tmp_path, capsys):
+    hub.sizes["pretrain_hq.jsonl"] = 1000
+    flags = ("pretrain_hq.jsonl", "--source", source, "--mirror", hub.address, "--to", tmp_path)
+    assert run(capsys, *flags)[0] == 2 and not list(tmp_path.iterdir())
+
+
 def test_small_files_are_checked_by_their_git_hash(hub, tmp_path, capsys):
     hub.sums["config.json"] = "1" * 40
     flags = ("MiniMind2-Small", "--source", "huggingface", "--mirror", hub.address, "--to", tmp_path)
@@ -237,13 +246,13 @@ def test_another_repository(hub, source, tmp_path, capsys):
     assert run(capsys, *flags, "sub/train.jsonl")[0] == 0
     assert (tmp_path / "sub" / "train.jsonl").read_bytes() == b"{}\n" and not (tmp_path / "run.py").exists()
     status, _, err = run(capsys, *flags, "missing.jsonl")
-    assert status == 2 and "holds no missing.jsonl; it holds sub/train.jsonl." in err
+    assert status == 2 and "holds no missing.jsonl; it holds sub/train.jsonl. Older" in err
 
 
 def test_what_is_not_there_is_said_with_what_is(hub, source, tmp_path, capsys):
     flags = ("--source", source, "--mirror", hub.address, "--to", tmp_path)
     status, _, err = run(capsys, "sft_512.jsonl", *flags)
-    assert status == 2 and "holds no sft_512.jsonl; it holds README.md, dpo.jsonl, pretrain_hq.jsonl." in err
+    assert status == 2 and "holds no sft_512.jsonl; it holds README.md, dpo.jsonl, pretrain_hq.jsonl. Older" in err
     status, _, err = run(capsys, "MiniMind2", *flags)
     assert status == 2 and "no such repository" in err and err.count("\n") == 1
     status, _, err = run(capsys, "nonsense.jsonl", *flags)

@@ -105,6 +105,8 @@ def receive(url: str, headers: dict[str, str], part: Path, size: int) -> None:
                     for block in answer.iter_bytes():
                         f.write(block)
                         bar.update(len(block))
+                        if f.tell() > size:  # not what was announced, and perhaps without an end
+                            break
             except httpx2.TransportError as broken:
                 error = broken
             failures = 0 if f.tell() > at else failures + 1
