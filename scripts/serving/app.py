@@ -110,7 +110,7 @@ class Serving:
         if not self.key_hashes:
             # A website whose name was made to point to this machine is no stranger to the browser, CORS or not.
             if self.settings.local and not is_local(host := request.headers.get("host", "")):
-                message = f"Host {host[:60]!r} is no name of this machine: set an API key (MINIMIND_API_KEY) to be called by it."
+                message = f"Host {host[:60]!r} is no name of this machine: to be called by it, set an API key."
                 raise ApiError(403, message, code="unknown_host")
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
