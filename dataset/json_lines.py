@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,17 +68,16 @@ def check_file(path: str | os.PathLike) -> Path:
     if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")):
         raise DataError(f"{path} is a compressed file; expected JSON Lines text: unpack it first")
     if head.startswith(b"PAR1"):
-        raise DataError(
-            f"{path} is a Parquet file; expected JSON Lines: `Dataset.from_parquet(…).to_json(…)` of datasets converts"
-        )
+        raise DataError(f"{path} is a Parquet file; expected JSON Lines: {converts(path)}")
     if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        out = path.with_suffix(".jsonl") if path.suffix != ".jsonl" else path.with_name(path.stem + "_lines.jsonl")
-        raise DataError(
-            f'{path} holds one JSON array; expected one record per line. To convert it: python -c "import json; '
-            f"open('{out.as_posix()}', 'w').writelines(json.dumps(r) + '\\n' for r in "
-            f"json.load(open('{path.as_posix()}', encoding='utf-8-sig')))\""
-        )
+        raise DataError(f"{path} holds one JSON array; expected one record per line: {converts(path)}")
     return path
+
+
+def converts(path: Path) -> str:
+    """The command that makes our JSON Lines of a file."""
+    out = path.with_suffix(".jsonl") if path.suffix != ".jsonl" else path.with_name(f"{path.stem}_lines.jsonl")
+    return f"`python scripts/prepare_data.py convert {shlex.quote(str(path))} --to {shlex.quote(str(out))}` converts it"
 
 
 def scan_jsonl(path: Path, n_shards: int) -> tuple[str, list[Shard]]:

@@ -12,6 +12,7 @@ and a JSON are kept in out/stages, with one picture per stage. What is finished 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -80,12 +81,16 @@ class Bench:
         thinking: bool | None = None,
         sampling: Sampling | None = None,
         keep: Callable[[dict], bool] = lambda question: True,
+        each: int = 1,
     ) -> list[dict]:
-        """The questions of a demo test file with `reply` (as written), `said` (without the thought), `right`."""
+        """The questions of a demo test file with `reply` (as written), `said` (without the thought), `right`.
+
+        Args: keep: which questions; each: answers to each of them, drawn with seeds of their own.
+        """
         model = load_model(weights)
         if lora is not None:
             load_lora(model, lora)
-        rows = [question for question in read_questions(DEMO[questions]) if keep(question)]
+        rows = [dict(question) for question in read_questions(DEMO[questions]) if keep(question) for _ in range(each)]
         prompts = [chat_ids(self.tokenizer, row["conversations"], thinking) for row in rows]
         stop = frozenset(stop_ids(model, self.tokenizer))
         settings = sampling or Sampling(temperature=0)
@@ -191,10 +196,22 @@ def show_reason(bench: Bench) -> None:
     }
 
 
+def half_learnt(folder: Path) -> Path:
+    """A reasoning file of all sortings and the first 600 sums: sums are learnt sooner, and half of both is wanted."""
+    rows = DEMO["reason"].read_text(encoding="utf-8").splitlines()
+    sums = [row for row in rows if not re.search(r"<answer>\\n[^<]*[,、]", row)]
+    kept = set(sums[:600]) | (set(rows) - set(sums))
+    path = folder / "half_reason.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path, "w") as f:
+        f.writelines(f"{row}\n" for row in rows if row in kept)
+    return path
+
+
 def show_rl(bench: Bench) -> None:
-    """GRPO and PPO from a reasoning model that was stopped early."""
+    """GRPO and PPO from a reasoning model that was stopped early, at about half of the answers it draws right."""
     half = bench.train(
-        "train_distill_reason.py", "half_reason", "--from_weight", bench.base, "--data_path", DEMO["reason"],
+        "train_distill_reason.py", "half_reason", "--from_weight", bench.base, "--data_path", half_learnt(bench.out),
         "--mix_path", DEMO["sft"], *HALF,
     )  # fmt: skip
     before = next(half.glob("reason_*.pth"))
@@ -202,7 +219,12 @@ def show_rl(bench: Bench) -> None:
         out = bench.train(script, name, "--from_weight", before, "--data_path", DEMO["rl"], *flags)
         after = next(path for path in out.glob("*.pth"))
         replies = {"before": bench.ask(before, "reason_test"), "after": bench.ask(after, "reason_test")}
-        figures = {f"multi-step {moment}": share(rows) for moment, rows in replies.items()}
+        figures = {f"multi-step, greedy, {moment}": share(rows) for moment, rows in replies.items()}
+        drawn = Sampling(temperature=1.0)  # as the policy answers while it trains: what the reward is a mean of
+        figures |= {
+            f"multi-step, drawn, {moment}": share(bench.ask(weights, "reason_test", sampling=drawn, each=8))
+            for moment, weights in (("before", before), ("after", after))
+        }
         figures |= {
             f"format {moment}": share(rows, lambda row: well_formed(row["reply"], row))
             for moment, rows in replies.items()

@@ -1,0 +1,29 @@
+"""The script that repeats the stages: what it counts and which records the half-taught model sees."""
+
+import json
+
+import pytest
+
+from dataset.make_demo_data import generate
+from scripts import show_stages
+
+
+def test_half_of_the_sums_and_every_sorting_are_learnt(tmp_path):
+    path = show_stages.half_learnt(tmp_path / "new")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = [row["conversations"][-1]["content"].split("<answer>\n")[1].split("\n")[0] for row in rows]
+    sums = [answer for answer in answers if answer.lstrip("-").isdigit()]
+    source = generate(tmp_path / "demo")["reason"].read_text(encoding="utf-8").splitlines()
+    of_source = [json.loads(line)["conversations"][-1]["content"].split("<answer>\n")[1] for line in source]
+    assert len(sums) == 600 and len(answers) - 600 == sum("、" in a or "," in a for a in of_source)
+    assert len({json.dumps(row) for row in rows} - {json.dumps(json.loads(line)) for line in source}) == 0
+
+
+def test_shares_and_their_table():
+    rows = [{"right": True}] * 3 + [{"right": False}]
+    figure = show_stages.share(rows)
+    assert figure["share"] == 0.75 and figure["total"] == 4
+    assert figure["interval95"] == pytest.approx((0.3006, 0.9544), abs=1e-3)  # Wilson, by hand
+    assert "| dpo | held-out pairs | 75.0% (30.1% to 95.4% of 4) |" in show_stages.table(
+        {"dpo": {"held-out_pairs": figure}}
+    )
