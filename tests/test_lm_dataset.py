@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from dataset.lm_dataset import (
     token_bytes,
 )
 from model.weights import load_tokenizer
+from scripts import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 BOS, EOS = 1, 2
@@ -740,7 +742,7 @@ def test_reading_releases_pages_without_losing_data(tokenizer, tmp_path, here, m
     [
         ("empty", b"", "is empty; expected one JSON record per line"),
         ("blank", b"\xef\xbb\xbf\n \n\r\n", "is empty"),
-        ("array", b'  [{"text": "a"}]', r"one JSON array; expected one record per line\. To convert it: python -c"),
+        ("array", b'  [{"text": "a"}]', r"one JSON array; expected .*: `python scripts/prepare_data.py"),
         ("utf16", '{"text": "a"}'.encode("utf-16"), "is UTF-16; expected UTF-8"),
         ("gzip", b"\x1f\x8b\x08\x00aaaa", "compressed"),
         (
@@ -780,8 +782,9 @@ def test_the_advice_for_an_array_works(tokenizer, tmp_path, here, monkeypatch):
     path.write_text(json.dumps([{"text": "你好"}, {"text": "b"}], ensure_ascii=False), encoding="utf-8")
     with pytest.raises(DataError) as e:
         PretrainDataset(path, tokenizer, 32, **here)
-    code = str(e.value).split('python -c "')[1].removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    words = shlex.split(str(e.value).split("`python scripts/")[1].split("`")[0])
+    assert words[0] == "prepare_data.py"
+    prepare_data.main(words[1:])
     assert PretrainDataset(tmp_path / "a.jsonl", tokenizer, 32, **here).stats["records"] == 2
 
 
