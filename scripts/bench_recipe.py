@@ -148,7 +148,10 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
     optimizer = make_optimizer(raw_model, recipe.weight_decay, run.device, recipe.optimizer, run.dtype)
     nll, bytes_of = NLL[args.stage], token_bytes(tokenizer)
     compiles = recipe.plumbing and args.compile
-    plain = argparse.Namespace(compile=compiles, deepspeed=None, checkpoint_activations=False)
+    plain = argparse.Namespace(
+        compile=compiles, deepspeed=None, checkpoint_activations=False, max_memory=None, max_seq_len=recipe.max_seq_len,
+        batch_size=recipe.batch_size, accumulation_steps=recipe.accumulation,
+    )  # fmt: skip
     model, fast_nll = utils.compile_and_wrap(raw_model, optimizer, nll, run, plain)
 
     order = argparse.Namespace(batch_size=recipe.batch_size, accumulation_steps=recipe.accumulation)

@@ -200,7 +200,7 @@ def test_runs_get_names_that_tell_them_apart(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
 def test_the_fault_script_finds_nothing_lost():
     faults = ["kill", "truncated", "two_runs"]
-    result = finish(start([ROOT / "scripts" / "fault_tests.py", "--kills", "2", "--only", *faults]))
+    result = finish(start([ROOT / "scripts" / "fault_tests.py", "--kills", "2", "--only", *faults]), limit=540)
     assert result.status == 0, result.out + result.err
     assert result.out.count("| yes |") == len(faults)
     assert "2 kills, 1 of them while writing; weights at the end of 1 runs equal" in result.out

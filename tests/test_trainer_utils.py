@@ -42,7 +42,7 @@ def tiny(**fields) -> MiniMindForCausalLM:
 
 def one_process(rank: int = 0, world_size: int = 1, seed: int = 0) -> SimpleNamespace:
     """What the plumbing reads of a Run, without starting one."""
-    run = SimpleNamespace(rank=rank, world_size=world_size, seed=seed, device=torch.device("cpu"))
+    run = SimpleNamespace(rank=rank, world_size=world_size, seed=seed, device=torch.device("cpu"), memory_note="")
     run.autocast = lambda: torch.autocast("cpu", enabled=False)
     run.sum_ranks = lambda value: value
     return run

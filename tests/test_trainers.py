@@ -131,10 +131,10 @@ def start(arguments: list, cwd: Path | None = None, **environment: str) -> subpr
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> Result:
-    """Waits for the end of a process, at most `LIMIT_SECONDS`."""
+def finish(process: subprocess.Popen, limit: float = LIMIT_SECONDS) -> Result:
+    """Waits for the end of a process, at most `limit` seconds."""
     try:
-        out, err = process.communicate(timeout=LIMIT_SECONDS)
+        out, err = process.communicate(timeout=limit)
     finally:
         if process.poll() is None:
             process.kill()
