@@ -129,6 +129,12 @@ def test_what_fits_is_a_note_and_what_does_not_names_flags_that_do(monkeypatch):
     assert "MORE" in larger, "the advice is the largest batch that fits"
 
 
+def test_the_advice_keeps_the_rows_of_an_update(monkeypatch):
+    advice = advised(monkeypatch, there=0.3 * memory.GIB, batch_size=15, accumulation_steps=2)
+    size, micros = (int(advice.split(flag)[1].split()[0]) for flag in ("--batch_size ", "--accumulation_steps "))
+    assert size * micros == 30 and size < 15
+
+
 def test_max_memory_stops_the_run_before_it_starts(monkeypatch):
     with pytest.raises(UserError, match=r"--max_memory 0.5: the run needs about .* --batch_size \d+ --accumulation"):
         advised(monkeypatch, max_memory=0.5)
@@ -149,7 +155,7 @@ def test_zero_cuts_what_steps_on_the_weights(monkeypatch, tmp_path):
     fixed = {}
     for stage in range(4):
         config = tmp_path / f"zero{stage}.json"
-        config.write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
+        config.write_text(f'{{"zero_optimization": {{"stage": {stage}, "offload_optimizer": null}}}}')
         optimizer = make_optimizer(model, 0.1, run.device, "adamw")
         fixed[stage] = memory.Plan(model, optimizer, run, settings(1, 8, deepspeed=str(config)), held=0).fixed()
     assert fixed[0] == (0, 8 * trained, 4 * trained)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from dataset.make_demo_data import generate
 from scripts import show_stages
 
 
@@ -13,7 +12,7 @@ def test_half_of_the_sums_and_every_sorting_are_learnt(tmp_path):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = [row["conversations"][-1]["content"].split("<answer>\n")[1].split("\n")[0] for row in rows]
     sums = [answer for answer in answers if answer.lstrip("-").isdigit()]
-    source = generate(tmp_path / "demo")["reason"].read_text(encoding="utf-8").splitlines()
+    source = show_stages.DEMO["reason"].read_text(encoding="utf-8").splitlines()
     of_source = [json.loads(line)["conversations"][-1]["content"].split("<answer>\n")[1] for line in source]
     assert len(sums) == 600 and len(answers) - 600 == sum("、" in a or "," in a for a in of_source)
     assert len({json.dumps(row) for row in rows} - {json.dumps(json.loads(line)) for line in source}) == 0

@@ -15,7 +15,6 @@ peaks beside these figures: scripts/bench_train.py.
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 # On a CPU the peak is that of the process: the first update loads more of the libraries, and beside living tensors the
-# heap of the C library holds freed pieces that fit nothing. Both measured, scripts/bench_train.py.
+# heap of the C library holds freed pieces that fit nothing. Both fitted to measured peaks, scripts/bench_train.py.
 LOADED, HEAP = 0.1 * GIB, 1.25
 
 
@@ -177,7 +176,7 @@ class Plan:
         # ZeRO keeps weights in the run's dtype and cuts what steps on them, float32 weights and AdamW's means, into
         # pieces of the ranks: from stage 2 on the gradients too, in stage 3 the weights.
         ranks, section = self.run.world_size, zero.read_config(self.args.deepspeed)["zero_optimization"]
-        offloaded = section.get("offload_optimizer", {}).get("device") == "cpu" and self.run.device.type != "cpu"
+        offloaded = (section.get("offload_optimizer") or {}).get("device") == "cpu" and self.run.device.type != "cpu"
         weights = (self.width / (ranks if stage == 3 else 1) - 4) * trained
         state = 0.0 if offloaded else 12 * trained / ranks
         return weights, state, self.width * trained / (ranks if stage >= 2 else 1)
@@ -189,17 +188,14 @@ class Plan:
     def fitting(self, limit: float, rows: int, micros: int) -> str | None:
         """Flags with which the same update needs no more than `limit` bytes; None when there are none."""
         for checkpointed in (bool(self.args.checkpoint_activations), True):
-            size = rows
-            while size >= 1:
+            for size in (size for size in range(rows, 0, -1) if micros * rows % size == 0):  # the same rows per update
                 need = self.need(size, micros * rows // size > 1, checkpointed)
                 if need.total <= limit:
                     more = " --checkpoint_activations" if checkpointed and not self.args.checkpoint_activations else ""
                     if hasattr(self.args, "micro_rows"):
                         return f"--micro_rows {size}{more} needs {need.total / GIB:.1f} GiB"
-                    accumulation = math.ceil(micros * rows / size)
-                    flags = f"--batch_size {size} --accumulation_steps {accumulation}{more}"
+                    flags = f"--batch_size {size} --accumulation_steps {micros * rows // size}{more}"
                     return f"{flags} needs {need.total / GIB:.1f} GiB"
-                size //= 2
         return None
 
 

@@ -60,9 +60,8 @@ class HuggingFace:
 
         api = HfApi(endpoint=self.endpoint, token=self.token)
         try:
-            httpx2.head(
-                self.endpoint, timeout=TIMEOUT_SECONDS
-            )  # at once, where the library would try for half a minute
+            # Fails at once, where the library would try for half a minute.
+            httpx2.head(self.endpoint, timeout=TIMEOUT_SECONDS)
             tree = list(api.list_repo_tree(repo, recursive=True, revision=self.revision, repo_type=kind))
         except HfHubHTTPError as error:
             raise refused(self, repo, error.response.status_code) from error

@@ -19,10 +19,8 @@ from trainer.command_line import UserError
 if TYPE_CHECKING:
     from datasketch import MinHash
 
-BANDS, ROWS = (
-    10,
-    6,
-)  # of the signature: at a similarity of 0.8 95 % of the pairs share a band, at 0.5 15 %, at 0.2 0.06 %
+# Of the signature: at a similarity of 0.8 95 % of the pairs share a band, at 0.5 15 %, at 0.2 0.06 %.
+BANDS, ROWS = 10, 6
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 NO_LETTERS = re.compile(r"[\W_]+")
 
