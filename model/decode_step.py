@@ -254,6 +254,13 @@ class DecodeStep:
                 cache[target].copy_(cache[source])
 
     @torch.inference_mode()
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        """The first `length` slots of some rows go to other rows."""
+        for layer in self.layers:
+            for cache in (layer.keys, layer.values):
+                cache[targets, :, :length] = cache[sources, :, :length]
+
+    @torch.inference_mode()
     def clear(self, row: int) -> None:
         for layer in self.layers:
             layer.keys[row].zero_()

@@ -319,7 +319,7 @@ class Sampler:
     def log_probabilities(self, logits: Tensor, tokens: Tensor, temperature: Tensor, top: int) -> tuple:
         """Fields of `Drawn`.  Shape: logits (B, V), tokens (B,), temperature (B, 1)."""
         logps = logits.log_softmax(-1)
-        tempered = (logits / temperature).log_softmax(-1)
+        tempered = logps if (temperature == 1).all() else (logits / temperature).log_softmax(-1)
         picked = [t.gather(1, tokens[:, None])[:, 0].tolist() for t in (logps, tempered)]
         values, ids = logps.topk(min(top, self.vocab_size))
         pairs = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
@@ -484,12 +484,23 @@ class Decoder:
         return self.record(list(rows), self.sampler.sample(logits[: len(rows)], rows, idle), idle)
 
     def prefill(self) -> list[Event]:
-        """Takes in up to `prefill_tokens` of prompts; a request whose prompt is complete gets its first token."""
-        rows, width = [], 0
+        """Takes in up to `prefill_tokens` of prompts; a request whose prompt is complete gets its first token.
+
+        Several answers to one prompt, as GRPO draws them, take it in once: the others copy its keys and values.
+        """
+        rows, width, whole, copies = [], 0, {}, {}  # whole: prompt → its row; copies: row → the row it copies
         for row, request in sorted(enumerate(self.running), key=lambda placed: placed[1].turn):
+            if request.decoding:
+                continue
+            prompt = tuple(request.prompt) if request.filled == 0 else None
+            if prompt in whole:
+                copies[row] = whole[prompt]
+                continue
             wider = min(max(width, len(request.prompt) - request.filled), self.prefill_tokens)
-            if not request.decoding and (not rows or (len(rows) + 1) * wider <= self.prefill_tokens):
+            if not rows or (len(rows) + 1) * wider <= self.prefill_tokens:
                 rows, width = [*rows, row], wider
+                if prompt and len(prompt) <= width:
+                    whole[prompt] = row
         if not rows:
             return []
         tokens, positions, last = [], [], []
@@ -504,6 +515,12 @@ class Decoder:
         inputs = torch.tensor((tokens, positions)).to(self.device)  # (2, B, T)
         places, last = torch.tensor((rows, last)).to(self.device)  # (B,) each
         logits = self.model.prefill(*inputs, length, places, last)  # (B, V)
+        if copies:
+            self.model.copy(list(copies.values()), list(copies), length)
+            for row in copies:
+                self.running[row].filled = len(self.running[row].prompt)
+            logits = logits[[*range(len(rows)), *map(rows.index, copies.values())]]
+            rows += copies
         unfinished = {row for row in rows if not self.running[row].decoding}
         return self.record(rows, self.sampler.sample(logits, rows, unfinished), unfinished)
 

@@ -248,6 +248,27 @@ def test_a_seed_means_the_same_text_alone_and_in_a_crowd(any_model):
     assert other[0].tokens != crowd[0]
 
 
+@pytest.mark.parametrize("prefill_tokens", [2, 8192])
+def test_several_answers_to_a_prompt_take_it_in_once(any_model, prefill_tokens, monkeypatch):
+    prompts = [PROMPTS[2]] * 3 + [PROMPTS[0]] + [PROMPTS[2]] * 2 + [PROMPTS[0]]
+    settings = [Sampling(seed=i, max_new_tokens=4 + i, logps=True) for i in range(len(prompts))]
+    decoder = Decoder(any_model, slots=5, max_seq_len=64, prefill_tokens=prefill_tokens)  # two of them wait
+    real, taken = decoder.model.prefill, []
+
+    def counted(tokens, positions, *rest):
+        taken.append(int((positions < 64).sum()))
+        return real(tokens, positions, *rest)
+
+    monkeypatch.setattr(decoder.model, "prefill", counted)
+    together = decoder.generate(prompts, settings)
+    for prompt, sampling, request in zip(prompts, settings, together, strict=True):
+        (alone,) = Decoder(any_model, slots=1, max_seq_len=64).generate([prompt], sampling)
+        assert request.tokens == alone.tokens and request.logps == pytest.approx(alone.logps, abs=1e-4)
+    assert len({tuple(request.tokens) for request in together}) == len(prompts)
+    if prefill_tokens == 8192:  # the first five and, one by one as rows fall free, the other two
+        assert taken == [len(PROMPTS[2]) + len(PROMPTS[0]), len(PROMPTS[2]), len(PROMPTS[0])]
+
+
 def test_penalties_count_the_answer_as_it_grows(model):
     (request,) = Decoder(model, 1, 400).generate(
         PROMPTS[:1], Sampling(temperature=0, presence_penalty=1000, max_new_tokens=300)
