@@ -160,6 +160,39 @@ def torchrun(script: ModuleType | Path, arguments: list[str]) -> Result:
     return Result(process.returncode, out, err)
 
 
+ONE_AFTER_ANOTHER = """
+import importlib, json, sys, traceback
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+from trainer import run_log
+from trainer.command_line import leave
+from trainer.trainer_utils import Run
+
+make_group = dist.init_process_group
+dist.init_process_group = lambda *args, **named: dist.is_initialized() or make_group(*args, **named)
+def close(run, status=0):
+    dist.barrier()
+    if run.engine:
+        run.engine.close()
+Run.close = close
+run_log.plot_loss = lambda *about: None
+torch.set_num_threads(1)
+for name, arguments in json.loads(sys.argv[1]):
+    print("run", name, arguments, file=sys.stderr, flush=True)
+    sys.argv = [name, *arguments]
+    importlib.import_module("trainer.train_" + name).main()
+leave(0)
+"""
+
+
+def torchrun_all(folder: Path, runs: list[tuple[str, list[str]]]) -> Result:
+    """Several runs on two ranks in one launch, which takes longer than a tiny run: (script without "train_", flags)."""
+    path = folder / "one_after_another.py"
+    path.write_text(ONE_AFTER_ANOTHER.format(root=str(ROOT)), encoding="utf-8")
+    return torchrun(path, [json.dumps(runs)])
+
+
 def run_folder(out_dir: Path, stage: str = "pretrain", size: str = "32") -> Path:
     return out_dir / "runs" / f"{stage}_{size}"
 

@@ -17,7 +17,7 @@ from test_trainers import (  # noqa: F401 - `files` is a fixture
     metrics,
     start,
     tiny_flags,
-    torchrun,
+    torchrun_all,
     train,
 )
 
@@ -31,29 +31,30 @@ CONFIGS = ROOT / "trainer" / "deepspeed"
 STEPS = 50
 
 
+EXACT = [(config, "float32") for config in (None, "zero0", "zero1", "zero2", "zero3", "zero2_offload")]
+HALF = [("zero3", "bfloat16"), ("zero0", "float16")]
+GOES_ON = [("zero3", None), (None, "zero3"), ("zero2", "zero1")]
+
+
 @pytest.fixture(scope="module")
 def parallel(files, tmp_path_factory):
-    """Trains on two ranks, once per configuration, for 50 updates of two micro-batches; returns the output folder."""
+    """Trains on two ranks, once per configuration, for 50 updates of two micro-batches; gives the output folders."""
     pytest.importorskip("deepspeed")
-    done: dict[str, Path] = {}
-
-    def run(config: str | None, **changes) -> Path:
-        key = f"{config} {changes}"
-        if key not in done:
-            out_dir = tmp_path_factory.mktemp("zero")
-            deepspeed = CONFIGS / f"{config}.json" if config else None
-            shape = dict(epochs=20, max_steps=STEPS, batch_size=2, accumulation_steps=2, learning_rate=1e-3)
-            shape |= dict(optimizer="adamw", save_interval=20, val_interval=0, deepspeed=deepspeed)
-            result = torchrun(train_pretrain, tiny_flags(files, out_dir, **{**shape, **changes}))
-            assert result.status == 0, result.err[-3000:]
-            done[key] = out_dir
-        return done[key]
-
-    return run
+    folder = tmp_path_factory.mktemp("zero")
+    outs = {(config, dtype): folder / f"{config}_{dtype}" for config, dtype in EXACT + HALF}
+    shape = dict(epochs=20, max_steps=STEPS, batch_size=2, accumulation_steps=2, learning_rate=1e-3)
+    shape |= dict(optimizer="adamw", save_interval=20, val_interval=0)
+    runs = []
+    for (config, dtype), out_dir in outs.items():
+        deepspeed = CONFIGS / f"{config}.json" if config else None
+        runs.append(("pretrain", tiny_flags(files, out_dir, **shape, dtype=dtype, deepspeed=deepspeed)))
+    result = torchrun_all(folder, runs)
+    assert result.status == 0, result.err[-3000:]
+    return lambda config, dtype="float32": outs[config, dtype]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3", "zero2_offload"])
+@pytest.mark.parametrize("config", [config for config, _ in EXACT if config])
 def test_fifty_updates_of_each_stage_are_those_of_data_parallelism(config, parallel):
     plain, sharded = parallel(None), parallel(config)
     one, other = metrics(plain), metrics(sharded)
@@ -86,35 +87,35 @@ def interrupted(whole: Path, to: Path, step: int = 40) -> Path:
     return to
 
 
+@pytest.fixture(scope="module")
+def resumed(parallel, tmp_path_factory):
+    """Runs saved at update 40 on two ranks; the rest on one (no engine) or on two ranks with another stage."""
+    folder = tmp_path_factory.mktemp("resumed")
+    outs = {pair: interrupted(parallel(pair[0]), folder / "_".join(map(str, pair))) for pair in GOES_ON}
+    again = {pair: ["--resume", "--out_dir", str(out_dir), "--deepspeed"] for pair, out_dir in outs.items()}
+    on_two = [pair for pair in GOES_ON if pair[1]]
+    runs = [("pretrain", [*again[pair], str(CONFIGS / f"{pair[1]}.json")]) for pair in on_two]
+    results = [torchrun_all(folder, runs)]
+    for pair in set(GOES_ON) - set(on_two):
+        results.append(train(train_pretrain, [*again[pair], "none", "--batch_size", "4"]))
+    assert all(result.status == 0 for result in results), [result.err[-3000:] for result in results]
+    assert sum(result.out.count("resumed at update 40") for result in results) == len(GOES_ON)
+    return outs
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("began, goes_on", [("zero3", None), (None, "zero3"), ("zero2", "zero1")])
-def test_a_run_goes_on_with_another_engine_and_layout(began, goes_on, parallel, tmp_path):
-    """Saved at update 40 on two ranks; the rest on one (no engine) or on two ranks with another stage."""
-    pytest.importorskip("deepspeed")
-    folder = interrupted(parallel(began), tmp_path)
-    again = [
-        "--resume",
-        "--out_dir",
-        str(folder),
-        "--deepspeed",
-        str(CONFIGS / f"{goes_on}.json") if goes_on else "none",
-    ]
-    if goes_on:
-        result = torchrun(train_pretrain, again)
-    else:
-        result = train(train_pretrain, [*again, "--batch_size", "4"])
-    assert result.status == 0, result.err[-3000:]
-    assert "resumed at update 40" in result.out
-    one, other = metrics(parallel(None)), metrics(folder)
+@pytest.mark.parametrize("began, goes_on", GOES_ON)
+def test_a_run_goes_on_with_another_engine_and_layout(began, goes_on, parallel, resumed):
+    one, other = metrics(parallel(None)), metrics(resumed[began, goes_on])
     assert curve(other, "step") == curve(one, "step")
     assert curve(other) == pytest.approx(curve(one), rel=2e-5)
     assert curve(other, "val_loss") == pytest.approx(curve(one, "val_loss"), rel=2e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, config", [("bfloat16", "zero3"), ("float16", "zero0")])
-def test_half_precision_learns_and_keeps_float32_weights(dtype, config, parallel):
-    exact, half = metrics(parallel(None)), parallel(config, dtype=dtype)
+@pytest.mark.parametrize("config, dtype", HALF)
+def test_half_precision_learns_and_keeps_float32_weights(config, dtype, parallel):
+    exact, half = metrics(parallel(None)), parallel(config, dtype)
     assert curve(metrics(half))[-1] == pytest.approx(curve(exact)[-1], rel=0.05)
     state, _ = final_state(half)
     rounded = getattr(torch, dtype)
@@ -208,15 +209,14 @@ def test_a_missing_package_is_one_line(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- all stages
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["lora", "dpo", "grpo", "ppo", "reward", "distillation", "distill_reason"])
-def test_every_stage_runs_under_zero_3_and_saves(stage, parallel, files, tmp_path):
-    """Losses are those of a run without DeepSpeed; what is saved loads."""
+STAGES = ["lora", "dpo", "grpo", "ppo", "reward", "distillation", "distill_reason"]
+
+
+def stage_flags(stage: str, weights: Path, files, folder: Path) -> dict:
     demo = ROOT / "dataset" / "demo"
-    weights = parallel(None) / "pretrain_32.pth"
     data = {"lora": "sft", "dpo": "dpo", "reward": "dpo", "grpo": "rl", "ppo": "rl", "distillation": "sft"}
     data = demo / f"demo_{data.get(stage, 'reason')}.jsonl"
-    small = tmp_path / "data.jsonl"
+    small = folder / f"{stage}.jsonl"
     lines = generate(demo) and data.read_text(encoding="utf-8").splitlines(keepends=True)[:60]
     small.write_text("".join(lines), encoding="utf-8")
     changes = dict(data_path=small, max_seq_len=128, max_steps=3, val_ratio=0.1, optimizer="adamw", batch_size=2)
@@ -229,14 +229,33 @@ def test_every_stage_runs_under_zero_3_and_saves(stage, parallel, files, tmp_pat
         changes |= dict(max_new_tokens=16, num_generations=2, rewards="length")
     if stage in ("lora", "distill_reason"):
         changes |= dict(mix_path=files.full_sft)
-    script = ROOT / "trainer" / f"train_{stage}.py"
+    return changes
+
+
+@pytest.fixture(scope="module")
+def staged(parallel, files, tmp_path_factory) -> Path:
+    """Each stage without and with ZeRO 3, in STAGE/plain and STAGE/zero3."""
+    folder, runs = tmp_path_factory.mktemp("staged"), []
+    for stage in STAGES:
+        changes = stage_flags(stage, parallel(None) / "pretrain_32.pth", files, folder)
+        for name, config in (("plain", None), ("zero3", CONFIGS / "zero3.json")):
+            flags = tiny_flags(files, folder / stage / name, "full_sft", **changes, deepspeed=config)
+            runs.append((stage, flags))
+    result = torchrun_all(folder, runs)
+    assert result.status == 0, result.err[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs_under_zero_3_and_saves(stage, staged):
+    """Losses are those of a run without DeepSpeed; what is saved loads."""
     curves = []
-    for name, config in (("plain", None), ("zero3", CONFIGS / "zero3.json")):
-        result = torchrun(script, tiny_flags(files, tmp_path / name, "full_sft", **{**changes, "deepspeed": config}))
-        assert result.status == 0, result.err[-3000:]
-        path = next((tmp_path / name / "runs").glob("*/metrics.jsonl"))
+    for name in ("plain", "zero3"):
+        out_dir = staged / stage / name
+        path = next((out_dir / "runs").glob("*/metrics.jsonl"))
         curves.append([record["loss"] for record in read_metrics(path) if "loss" in record])
-        saved = [p for p in (tmp_path / name).rglob("*.pth") if "runs" not in p.parts]
+        saved = [p for p in out_dir.rglob("*.pth") if "runs" not in p.parts]
         assert len(saved) == 1 and read_state_dict(saved[0])
     assert len(curves[0]) == 3
     assert curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-5)
