@@ -51,9 +51,10 @@ from test_trainers import (  # noqa: F401 (fixtures)
     tree,
     write_records,
 )
+from torch import nn
 
 from dataset.stage_datasets import PromptDataset
-from model.weights import load_model
+from model.weights import load_model, save_weights
 from trainer import rewards as reward_rules
 from trainer import train_grpo
 from trainer import trainer_utils as utils
@@ -417,6 +418,21 @@ def test_what_would_be_another_run_is_refused(flags, material, tmp_path):
     torch.save(state, base)
     assert "reference weights was" in one_error(resume(out_dir))
     assert tree(out_dir) == before
+
+
+def test_a_reward_model_belongs_to_the_run(flags, material, tmp_path, monkeypatch):
+    """Named by a relative path, found again from another folder, and refused when it is another one by then."""
+    judge = load_model(material.base)
+    judge.score = nn.Linear(32, 1, bias=False)
+    save_weights(judge, tmp_path / "judge.pth", {"stage": "reward"})
+    monkeypatch.chdir(tmp_path)
+    assert train(train_grpo, flags(rewards="model:judge.pth:0.5 length", max_steps=2)).status == 0
+    monkeypatch.chdir(tmp_path.parent)
+    result = resume(tmp_path / "out")
+    assert result.status == 0 and "this run is finished" in result.out, result.err
+    nn.init.zeros_(judge.score.weight)
+    save_weights(judge, tmp_path / "judge.pth", {"stage": "reward"})
+    assert "judge.pth weights was" in one_error(resume(tmp_path / "out"))
 
 
 def test_bad_input_is_named_in_one_line_and_nothing_is_lost(flags, tmp_path):

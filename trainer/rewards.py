@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
+from pathlib import Path
 
 from dataset.make_demo_data import ENDS, normalise
 from trainer.command_line import UserError, number
@@ -157,6 +158,25 @@ class LazyModel:
         return self.scorer(conversations)
 
 
+def path_and_weight(rest: str) -> tuple[str, str, str]:
+    """What follows `model:`, as (path, ":" or nothing, weight or nothing)."""
+    path, colon, weight = rest.rpartition(":")
+    if not colon or weight.startswith(("\\", "/")):  # no weight; the colon is that of C:\models
+        return rest, "", ""
+    return path, colon, weight
+
+
+def whole_paths(words: Sequence[str]) -> list[str]:
+    """The words after --rewards with whole paths of models, for a run that is resumed from another folder."""
+    whole = []
+    for word in words:
+        kind, _, rest = word.partition(":")
+        path, colon, weight = path_and_weight(rest)
+        found = kind == "model" and path and Path(path).exists()
+        whole.append(f"model:{Path(path).resolve()}{colon}{weight}" if found else word)
+    return whole
+
+
 def parse_rewards(
     words: Sequence[str], device: str = "cpu", load_model: Callable[[str, str], Scorer] = our_loader
 ) -> list[Reward]:
@@ -168,9 +188,7 @@ def parse_rewards(
     for word in words:
         name, colon, rest = word.partition(":")
         if name == "model":
-            path, colon, weight = rest.rpartition(":")
-            if not colon or weight.startswith(("\\", "/")):  # no weight; the colon is that of C:\models
-                path, colon, weight = rest, "", ""
+            path, colon, weight = path_and_weight(rest)
             if not path:
                 raise UserError(f"--rewards {word}: expected model:PATH, for example model:out/reward_512.pth:0.5.")
             name, rate = f"model:{path}", LazyModel(path, device, load_model)
@@ -202,6 +220,11 @@ def check_rewards(rewards: Sequence[Reward], records: Iterable[dict]) -> None:
         elif reward.name == "answer":
             for record in records:
                 answer("", record)
+
+
+def model_paths(rewards: Sequence[Reward]) -> dict[str, Path]:
+    """Where the reward models lie, by the names of the rewards."""
+    return {reward.name: Path(reward.rate.path) for reward in rewards if isinstance(reward.rate, LazyModel)}
 
 
 def shortened(text: str) -> str:

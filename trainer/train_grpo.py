@@ -42,7 +42,7 @@ from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import UserError, run_script
 from trainer.optimizer import make_optimizer, step_if
-from trainer.rewards import check_rewards, parse_rewards
+from trainer.rewards import check_rewards, model_paths, parse_rewards, whole_paths
 from trainer.rollout import (
     Roller,
     forget_samples,
@@ -213,6 +213,7 @@ def main() -> None:
 
     # 2. Process and seed
     run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
+    args.rewards = args.given["rewards"] = whole_paths(args.rewards)
     rewards = parse_rewards(args.rewards, str(run.device))
 
     # 3. Model: the reference, frozen, and a copy that learns
@@ -232,6 +233,8 @@ def main() -> None:
     optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer, run.dtype)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
     keeper.depends_on("reference", Path(args.from_weight))
+    for name, path in model_paths(rewards).items():
+        keeper.depends_on(name, path)
     same = "rewards num_generations max_new_tokens temperature inner_updates beta clip_low clip_high loss scale_rewards"
     keeper.also_same |= {name: getattr(args, name) for name in same.split()}
     progress = keeper.restore_or_start(data.data_key)

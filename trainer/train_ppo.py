@@ -40,7 +40,7 @@ from trainer import checkpoint, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import number, run_script
 from trainer.optimizer import add_group, make_optimizer, step_if
-from trainer.rewards import check_rewards, parse_rewards
+from trainer.rewards import check_rewards, model_paths, parse_rewards, whole_paths
 from trainer.rollout import (
     Roller,
     forget_samples,
@@ -238,6 +238,7 @@ def main() -> None:
 
     # 2. Process and seed
     run = utils.Run(args.device, args.dtype, args.seed, args.rank_timeout)
+    args.rewards = args.given["rewards"] = whole_paths(args.rewards)
     rewards = parse_rewards(args.rewards, str(run.device))
 
     # 3. Model: the reference, frozen, and a copy that learns
@@ -260,6 +261,8 @@ def main() -> None:
     add_group(optimizer, raw_model.value_head.parameters(), lr_factor=factor)
     keeper = checkpoint.ActorKeeper(run, STAGE, args, raw_model, optimizer)
     keeper.depends_on("reference", Path(args.from_weight))
+    for name, path in model_paths(rewards).items():
+        keeper.depends_on(name, path)
     same = "rewards num_generations max_new_tokens temperature inner_updates beta clip_low clip_high"
     same += " critic_learning_rate value_coef gamma gae_lambda"
     keeper.also_same |= {name: getattr(args, name) for name in same.split()}
