@@ -2,6 +2,7 @@
 
 import argparse
 
+import psutil
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -53,6 +54,18 @@ def test_what_a_block_keeps_is_what_autograd_saves(seq_len, moe, dtype):
     width = torch.finfo(dtype).bits // 8
     counted = memory.kept_per_token(small(1, **sizes).config, seq_len, width, compiled=False, fused=seq_len > 256)
     assert counted == pytest.approx((blocks[1] - blocks[0]) / (rows * seq_len), rel=0.02)
+
+
+@pytest.mark.parametrize("text, limit", [("2147483648\n", 2**31), ("max\n", None), (None, None)])
+def test_the_limit_of_a_container_counts(text, limit, tmp_path, monkeypatch):
+    path, cpu = tmp_path / "memory.max", torch.device("cpu")
+    if text:
+        path.write_text(text, encoding="ascii")
+    monkeypatch.setattr(memory, "CONTAINER", (str(tmp_path / "none"), str(path)))
+    machine = psutil.virtual_memory()
+    assert machine.available > 2**31  # more than the limit of this test
+    found = memory.available(cpu)
+    assert found == limit if limit else 2**31 < found <= machine.total + memory.held_now(cpu)
 
 
 def settings(rows: int, seq_len: int, **more) -> argparse.Namespace:

@@ -15,8 +15,11 @@ peaks beside these figures: scripts/bench_train.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +39,8 @@ GIB = 2**30
 # On a CPU the peak is that of the process: the first update loads more of the libraries, and beside living tensors the
 # heap of the C library holds freed pieces that fit nothing. Both fitted to measured peaks, scripts/bench_train.py.
 LOADED, HEAP = 0.1 * GIB, 1.25
+# Where Linux tells a process the limit of its control group, in the newer and the older version.
+CONTAINER = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,15 @@ def available(device: torch.device) -> float:
         return torch.mps.recommended_max_memory()
     import psutil
 
-    return psutil.virtual_memory().available + held_now(device)
+    return min(psutil.virtual_memory().available + held_now(device), container_limit())
+
+
+def container_limit() -> float:
+    """Bytes that a container (Docker, Kubernetes, Slurm) allows its processes together; infinite without a limit."""
+    for path in CONTAINER:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+            return float(Path(path).read_text(encoding="ascii"))
+    return math.inf
 
 
 @dataclass(frozen=True)
