@@ -91,14 +91,20 @@ def lossless_16_bit(weights: Sequence[Tensor]) -> torch.dtype | None:
     return None
 
 
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type itself, but float32 on a CPU without instructions for it: bfloat16 has some, float16 has none."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    slow = device.type == "cpu" and not (dtype == torch.bfloat16 and native)
+    return torch.float32 if slow else dtype
+
+
 class DecodeStep:
     """Runs the model for the rows of a static cache.
 
     Args:
         slots: rows of the cache; max_seq_len: tokens per row. One more slot per row takes what nobody may read: the
             writes of padding and of idle rows.
-        dtype: of the arithmetic and the cache; None: float32 on a CPU, which has no fast 16-bit products, elsewhere the
-            model's own.
+        dtype: of the arithmetic and the cache; None: the model's own where the device multiplies it fast, else float32.
         compile: whether a decode step is compiled. On CUDA it is captured as a graph in any case.
     """
 
@@ -108,7 +114,7 @@ class DecodeStep:
         config, device = model.config, model.device
         self.model, self.slots, self.max_seq_len, self.compiled = model, slots, max_seq_len, compile
         self.captured = device.type == "cuda"
-        self.dtype = dtype or (torch.float32 if device.type == "cpu" else model.dtype)
+        self.dtype = dtype or fast_dtype(model.dtype, device)
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,

@@ -382,7 +382,7 @@ class Decoder:
     Args:
         model: it stays as it is; `refresh` takes over weights that changed. Dropout is off here in any case.
         slots: requests that run at a time; others wait. max_seq_len: tokens of prompt and answer together.
-        dtype: of the arithmetic, by default float32 on a CPU and the model's own elsewhere.
+        dtype: of the arithmetic, by default the model's own where the device multiplies it fast, else float32.
         compile: compiles the decode step: the first ones wait up to a minute, later ones take half the time on a CPU.
             For servers and rollouts; a chat would be over before it pays.
         prefill_tokens: prompt tokens taken in per step, padding included: a longer prompt is taken in over several

@@ -34,7 +34,7 @@ from trainer.rewards import format as well_formed
 from trainer.run_log import read_metrics
 
 DEMO = generate(ROOT / "dataset" / "demo")
-SHARED = "--device cpu --dtype float32 --batch_size 8 --accumulation_steps 1 --log_interval 20".split()
+SHARED = "--device cpu --batch_size 8 --accumulation_steps 1 --log_interval 20".split()
 SEEDS = (42, 43, 44)  # of the distillation
 
 
@@ -240,12 +240,12 @@ DPO = "--max_seq_len 256 --epochs 1 --learning_rate 2e-4 --beta 1 --sft_weight 3
 DISTILL = "--hidden_size 80 --num_hidden_layers 2 --max_seq_len 128 --epochs 1 --learning_rate 2e-3".split()
 DISTILL += "--max_steps 400 --val_interval 100".split()
 REASON = "--max_seq_len 256 --epochs 2 --learning_rate 1e-3 --mix_ratio 0.7 --val_interval 100".split()
-HALF = "--max_seq_len 256 --epochs 3 --max_steps 280 --learning_rate 1e-3 --mix_ratio 0.5 --val_interval 100".split()
-# 256 answers per update, in groups of eight for GRPO. Larger steps drown in noise (trainer/LOG.md).
-RL = "--max_seq_len 256 --max_new_tokens 128 --epochs 60 --max_steps 60 --learning_rate 6e-5 --warmup_iters 3".split()
-RL += "--val_interval 20 --log_interval 1".split()
-GRPO = [*RL, *"--batch_size 32 --num_generations 8 --beta 0.1".split()]
-PPO = [*RL, *"--batch_size 256 --num_generations 1 --beta 0.05 --gae_lambda 1".split()]
+HALF = "--max_seq_len 256 --epochs 3 --max_steps 260 --learning_rate 1e-3 --mix_ratio 0.5 --val_interval 100".split()
+# Hundreds of answers per update: smaller ones, and larger steps, drown in noise (trainer/LOG.md).
+RL = "--max_seq_len 256 --max_new_tokens 128 --epochs 60 --beta 0.05 --warmup_iters 3".split()
+RL += "--val_interval 25 --log_interval 1".split()
+GRPO = [*RL, *"--max_steps 75 --learning_rate 1.5e-4 --batch_size 64 --num_generations 8".split()]
+PPO = [*RL, *"--max_steps 130 --learning_rate 1e-4 --batch_size 256 --num_generations 1 --gae_lambda 1".split()]
 
 
 def named(row: dict) -> bool:

@@ -216,11 +216,10 @@ def main() -> None:
     args.rewards = args.given["rewards"] = whole_paths(args.rewards)
     rewards = parse_rewards(args.rewards, str(run.device))
 
-    # 3. Model: the reference, frozen, and a copy that learns
+    # 3. Model: one that learns and, where its distance counts, a frozen copy to compare with
     tokenizer = checkpoint.start_tokenizer(args)
-    reference = checkpoint.start_base(args, tokenizer, run)
-    raw_model = copy.deepcopy(reference)
-    reference.eval().requires_grad_(False)
+    raw_model = checkpoint.start_base(args, tokenizer, run)
+    reference = copy.deepcopy(raw_model).eval().requires_grad_(False) if args.beta else None
 
     # 4. Data: questions, and who answers them
     args.data_path = str(utils.find_data(args.data_path, DATA_NAMES, "rl", run))

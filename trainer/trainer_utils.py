@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.stage_datasets import MixedDataset
+from model.decode_step import fast_dtype
 from model.model_minimind import MOEFeedForward, grouped_mm_works
 from trainer import memory, zero
 from trainer.chunked_nll import compiled_piece
@@ -250,9 +251,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, float16 on older CUDA cards, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16
-    return torch.float32
+    return fast_dtype(torch.bfloat16, device) if device.type == "cpu" else torch.float32
 
 
 def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.decode_step import fast_dtype
 from model.generation import Decoder, Event, Request, Sampling, stop_ids, stream_foreign
 from model.model_lora import key_of, load_lora, set_adapter
 from model.model_minimind import MiniMindForCausalLM
@@ -191,8 +192,8 @@ def warm_up(decoder: AnyDecoder) -> None:
 
 
 def cache_bytes(model: PreTrainedModel, slots: int, max_seq_len: int) -> int:
-    """Memory of the keys and values of one decoder, in its float32 or the model's own dtype."""
+    """Memory of the keys and values of one decoder."""
     config = model.config
-    size = 4 if model.device.type == "cpu" else model.dtype.itemsize
+    size = fast_dtype(model.dtype, model.device).itemsize
     head_dim = config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * slots * (max_seq_len + 1) * size
