@@ -7,8 +7,8 @@
     python eval_model.py --load 1 --model_path ./MiniMind2          # a transformers folder
 
 A pretrained model continues text; all later stages answer in the chat template. `/help` lists the commands of the chat.
-Reading order: settings → chat → command line. Elsewhere: how tokens are drawn (model/generation.py), how text gets on
-and off the terminal (scripts/terminal.py), how test questions are scored (scripts/score_questions.py).
+Reading order: settings → chat → command line. Elsewhere: how tokens are drawn (model/generation.py), what they say
+(scripts/chat_text.py), the terminal (scripts/terminal.py), how test questions are scored (scripts/score_questions.py).
 
 Dimension legend: T tokens.
 
@@ -47,18 +47,9 @@ from model.weights import (  # noqa: E402
     read_about,
     weight_path,
 )
+from scripts.chat_text import TextStream, chat_ids, decode, split_thinking, text_ids  # noqa: E402
 from scripts.score_questions import run_questions  # noqa: E402
-from scripts.terminal import (  # noqa: E402
-    Painter,
-    TextStream,
-    chat_ids,
-    decode,
-    dim,
-    line_reader,
-    shows_colour,
-    split_thinking,
-    text_ids,
-)
+from scripts.terminal import Painter, dim, line_reader, shows_colour  # noqa: E402
 from trainer.command_line import BoolFlag, UserError, check_writable, run_script  # noqa: E402
 from trainer.trainer_utils import DTYPES, find_device  # noqa: E402
 

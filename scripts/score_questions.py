@@ -23,7 +23,7 @@ from dataset.make_demo_data import is_right
 from model.generation import NOT_A_NUMBER, Decoder, Sampling, stop_ids
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import WeightsError
-from scripts.terminal import chat_ids, decode, split_thinking
+from scripts.chat_text import chat_ids, decode, split_thinking
 from trainer.command_line import UserError
 
 

@@ -26,8 +26,8 @@ from dataset.make_demo_data import generate, is_polite_and_short, is_right
 from model.generation import Decoder, Sampling, stop_ids
 from model.model_lora import load_lora, lora_state_dict
 from model.weights import WeightsError, atomic_open, load_model, load_tokenizer
+from scripts.chat_text import chat_ids, decode, split_thinking
 from scripts.score_questions import read_questions, wilson
-from scripts.terminal import chat_ids, decode, split_thinking
 from trainer.checkpoint import sha256_of
 from trainer.command_line import UserError, check_writable, run_script
 from trainer.rewards import format as well_formed

@@ -33,7 +33,7 @@ from eval_model import load_all
 from model.generation import NOT_A_NUMBER, Decoder, Sampling, stop_ids
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import STAGES, WeightsError, atomic_open, find_weights
-from scripts.terminal import decode
+from scripts.chat_text import decode
 from trainer.command_line import BoolFlag, UserError, check_writable, number, run_script
 from trainer.trainer_utils import DTYPES, find_device
 

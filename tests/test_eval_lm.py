@@ -25,12 +25,12 @@ from model.model_lora import LoraConfig, add_lora, load_lora, lora_layers, save_
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, load_tokenizer, save_weights
 from scripts import eval_lm
+from scripts.chat_text import chat_ids
 from scripts.evaluating import generation_tasks as tasks
 from scripts.evaluating import language_model as lm
 from scripts.evaluating import long_context as long
 from scripts.evaluating import multiple_choice as mc
 from scripts.evaluating import report, scoring
-from scripts.terminal import chat_ids
 from trainer.command_line import UserError
 
 BOS, EOS = 1, 2

@@ -25,8 +25,9 @@ from model.generation import stream_generate
 from model.model_lora import LoraConfig, add_lora, lora_state_dict, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, load_tokenizer, save_weights
+from scripts.chat_text import TextStream, chat_ids, decode, split_thinking
 from scripts.score_questions import greedy_replies, read_questions, run_questions, wilson
-from scripts.terminal import Painter, TextStream, chat_ids, decode, line_reader, split_thinking
+from scripts.terminal import Painter, line_reader
 from trainer.command_line import UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]

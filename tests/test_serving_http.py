@@ -16,8 +16,8 @@ from eval_model import Chat, Settings
 from model.generation import Decoder, Sampling
 from model.weights import load_tokenizer
 from scripts.chat_openai_api import ApiChat
+from scripts.chat_text import chat_ids
 from scripts.serving.protocol import Defaults
-from scripts.terminal import chat_ids
 from tests.serving_server import EOS, HARD_LIMIT, events, greedy, running_server, serve_script, serve_tiny, tiny_model
 
 USER = [{"role": "user", "content": "Hello, who are you?"}]

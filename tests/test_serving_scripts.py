@@ -40,6 +40,11 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
+def test_the_client_starts_without_torch():
+    code = "import sys, scripts.chat_openai_api; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT).returncode == 0
+
+
 @pytest.mark.slow
 def test_server_and_client_as_processes(out_dir):
     """From another folder: flags, the line that says where, both model names, a key, the client, and a clean end."""

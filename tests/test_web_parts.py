@@ -18,7 +18,7 @@ from model.generation import Sampling, stream_generate
 from model.model_lora import LoraConfig, add_lora, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_tokenizer, save_weights
-from scripts.terminal import chat_ids
+from scripts.chat_text import chat_ids
 from scripts.web import chat_state, models, runs
 from scripts.web.backends import ApiBackend, LocalBackend, openai_turns, served_models
 from scripts.web.chat_state import Chat, Chats, ChatSettings, Message, fitted, newest_exchanges

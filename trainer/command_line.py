@@ -1,5 +1,7 @@
 """What every script does at its edge: errors in one line, the end of a process, the types of flags.
 
+It asks torch only where a script has loaded it: scripts that do without start at once.
+
 中文：每个脚本的边界：一行报错、进程如何结束、命令行参数的类型。
 """
 
@@ -13,9 +15,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 
 class UserError(ValueError):
@@ -54,7 +53,7 @@ def run_script(main: Callable[[], None]) -> None:
         if is_out_of_memory(error):
             print(f"error: the device is out of memory. {LESS_MEMORY}.", file=sys.stderr, flush=True)
             leave(2)
-        if not dist.is_initialized():
+        if not in_a_group():
             raise
         print(f"error on rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
         traceback.print_exc()
@@ -63,9 +62,16 @@ def run_script(main: Callable[[], None]) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """A card says so with a type of its own, main memory and Apple's chips only in words."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or torch and isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory", str(error)) is not None
+
+
+def in_a_group() -> bool:
+    """Whether this process is one of several ranks."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def leave(status: int) -> None:
@@ -74,7 +80,7 @@ def leave(status: int) -> None:
     With gloo that now and then never ends (3 of 22 runs with torch 2.13): a thread of the group waits for the
     interpreter's lock, whose holder waits for the thread. Everything is on disk by then, so nothing is lost.
     """
-    if dist.is_initialized():
+    if in_a_group():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -28,10 +28,10 @@ from dataset.json_lines import DataError, check_file, parse_line, read_lines
 from dataset.make_demo_data import is_right
 from eval_model import CHAT_PROMPTS, PRETRAIN_PROMPTS, Settings
 from model.generation import Sampling, stop_ids
+from scripts.chat_text import chat_ids, decode, split_thinking
 from scripts.evaluating.multiple_choice import FORMS
 from scripts.evaluating.scoring import encode
 from scripts.score_questions import read_questions, tally
-from scripts.terminal import chat_ids, decode, split_thinking
 from scripts.write_answers import draw_answers
 from trainer import rewards
 from trainer.command_line import UserError

@@ -30,9 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dataset.check_data import language_of
 from dataset.json_lines import DataError, check_file, parse_line, read_lines
 from dataset.record_formats import parse_choice
+from scripts.chat_text import chat_ids
 from scripts.evaluating.scoring import Item, encode, encode_pairs, first_token, score
 from scripts.score_questions import wilson
-from scripts.terminal import chat_ids
 
 LETTERS = "ABCD"
 MEASURES = ("letter", "acc", "acc_norm", "acc_bytes")

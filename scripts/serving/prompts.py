@@ -16,11 +16,11 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 
 from dataset.token_cache import has_markers, plain_backend
+from scripts.chat_text import chat_ids, decode, text_ids
 from scripts.serving.fields import ApiError
 from scripts.serving.models import ServedModels
 from scripts.serving.protocol import ChatRequest
 from scripts.serving.text_stream import CALL, END_THINK, THINK, longest_token, token_bytes
-from scripts.terminal import chat_ids, decode, text_ids
 
 
 class Prompt(NamedTuple):

@@ -1,7 +1,7 @@
 """What an answer says, piece by piece: tokens in; reasoning, content and tool calls out.
 
 Three layers, each of which holds back what the next token could still change:
-    TextStream    (scripts/terminal.py) bytes of one character that came in several tokens
+    TextStream    (scripts/chat_text.py) bytes of one character that came in several tokens
     Splitter      a tag such as </think> or <tool_call> that has begun, and white space in front of one
     StopScanner   the beginning of a stop string
 
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from scripts.terminal import TextStream, clean
+from scripts.chat_text import TextStream
+from scripts.terminal import clean
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"

@@ -18,7 +18,7 @@ from model.generation import NOT_A_NUMBER, Decoder, Sampling, stop_ids, stream_g
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import WeightsError
 from scripts.chat_openai_api import explain
-from scripts.terminal import TextStream, chat_ids, decode, split_thinking, text_ids
+from scripts.chat_text import TextStream, chat_ids, decode, split_thinking, text_ids
 from scripts.web.chat_state import ChatSettings, Message, fitted, newest_exchanges, template_turns
 from scripts.web.tools import ToolCall, split_calls
 from trainer.command_line import UserError

@@ -13,7 +13,7 @@ from functools import partial
 import pandas as pd
 import streamlit as st
 
-from scripts.terminal import split_thinking
+from scripts.chat_text import split_thinking
 from scripts.web.charts import spec
 from scripts.web.options import Options
 from scripts.web.runs import SHARES, Run, Runs, Standing, duration, figures, rows, standing
