@@ -362,6 +362,15 @@ def test_half_precision_arithmetic(dtype):
         torch.testing.assert_close(torch.tensor(request.logps), expected, atol=1.5, rtol=0.1)
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_a_cpu_calculates_in_16_bits_only_where_it_can(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert fast_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if native else torch.float32)
+    assert fast_dtype(torch.float16, CPU) == fast_dtype(torch.float32, CPU) == torch.float32
+    assert fast_dtype(torch.float16, torch.device("cuda")) == torch.float16
+
+
 def test_16_bits_are_used_only_where_they_lose_nothing():
     exact = torch.tensor([1.0, 0.5, -3.0])
     assert lossless_16_bit([exact]) == torch.bfloat16
