@@ -238,7 +238,7 @@ LORA = "--rank 4 --alpha 8 --max_seq_len 128 --learning_rate 2e-3 --val_interval
 LORA_EPOCHS = {"lora_identity": 3, "lora_domain": 12}
 DPO = "--max_seq_len 256 --epochs 1 --learning_rate 2e-4 --beta 1 --sft_weight 3 --val_interval 100".split()
 DISTILL = "--hidden_size 80 --num_hidden_layers 2 --max_seq_len 128 --epochs 1 --learning_rate 2e-3".split()
-DISTILL += "--max_steps 400 --val_interval 100".split()
+DISTILL += "--val_interval 500".split()
 REASON = "--max_seq_len 256 --epochs 2 --learning_rate 1e-3 --mix_ratio 0.7 --val_interval 100".split()
 HALF = "--max_seq_len 256 --epochs 3 --max_steps 260 --learning_rate 1e-3 --mix_ratio 0.5 --val_interval 100".split()
 # Hundreds of answers per update: smaller ones, and larger steps, drown in noise (trainer/LOG.md).

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from dataset.lm_dataset import IGNORE
 from dataset.packing import pack_best_fit
 from dataset.stage_datasets import PromptDataset
-from model.decode_step import fast_dtype
 from model.generation import Decoder, Sampling, stop_ids
 from model.weights import atomic_open
 from trainer.command_line import UserError
@@ -65,7 +64,9 @@ class Roller:
     """
 
     def __init__(self, model: nn.Module, tokenizer, run: Run, slots: int, max_seq_len: int, max_new_tokens: int):
-        self.decoder = Decoder(model, slots, max_seq_len, dtype=fast_dtype(run.dtype, run.device))
+        # On a CPU in float32, as bfloat16 brings little and strays from what training calculates (trainer/LOG.md).
+        dtype = torch.float32 if run.device.type == "cpu" else run.dtype
+        self.decoder = Decoder(model, slots, max_seq_len, dtype=dtype)
         self.tokenizer, self.seed, self.max_new_tokens = tokenizer, run.seed, max_new_tokens
         self.stop, self.pad = frozenset(stop_ids(model, tokenizer)), tokenizer.pad_token_id
 
