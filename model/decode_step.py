@@ -5,7 +5,8 @@ The arithmetic is that of `MiniMindForCausalLM`; what differs is what each token
     static cache     allocated once; row r belongs to one request, a token of position p is written to slot p
     static shapes    a step depends on nothing the device computes: on CUDA it is replayed as one graph
     narrow weights   on a CPU one row of activations costs what reading the weights costs. A compiled step reads 16-bit
-                     weights and calculates in float32, where that loses nothing: saved weights are 16 bit wide.
+                     weights where that loses nothing, as saved ones are 16 bit wide; it calculates in float32, or in
+                     bfloat16 when asked to on a CPU that multiplies it.
 
 Reading order: one matrix → the weights of a layer → attention → experts → the pass over all layers → compilation.
 
@@ -92,7 +93,7 @@ def lossless_16_bit(weights: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type itself, but float32 on a CPU without instructions for it: bfloat16 has some, float16 has none."""
+    """The type itself, but float32 on a CPU that has no instructions for it. For float16 we use none."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     slow = device.type == "cpu" and not (dtype == torch.bfloat16 and native)
     return torch.float32 if slow else dtype
@@ -260,8 +261,9 @@ class DecodeStep:
                 cache[target].copy_(cache[source])
 
     @torch.inference_mode()
-    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
-        """The first `length` slots of some rows go to other rows."""
+    def copy(self, rows: dict[int, int], length: int) -> None:
+        """The first `length` slots of the cache go to other rows.  Args: rows: to which row → from which."""
+        targets, sources = torch.tensor([list(rows), list(rows.values())]).to(self.positions.device)
         for layer in self.layers:
             for cache in (layer.keys, layer.values):
                 cache[targets, :, :length] = cache[sources, :, :length]

@@ -17,6 +17,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -357,6 +358,11 @@ class Request:
     def decoding(self) -> bool:
         return self.filled == len(self.prompt)
 
+    @cached_property
+    def fingerprint(self) -> int:
+        """The same for equal prompts."""
+        return hash(tuple(self.prompt))
+
 
 class Event(NamedTuple):
     """What a step did for one request: the token it drew, or None if the model's output was not a number."""
@@ -486,21 +492,22 @@ class Decoder:
     def prefill(self) -> list[Event]:
         """Takes in up to `prefill_tokens` of prompts; a request whose prompt is complete gets its first token.
 
-        Several answers to one prompt, as GRPO draws them, take it in once: the others copy its keys and values.
+        Requests that begin together with the same prompt, as GRPO draws its answers, take it in once, if it fits into
+        one step: the others copy its keys and values.
         """
-        rows, width, whole, copies = [], 0, {}, {}  # whole: prompt → its row; copies: row → the row it copies
+        rows, width, whole, copies = [], 0, {}, {}  # whole: prompts → their rows; copies: row → the row it copies
         for row, request in sorted(enumerate(self.running), key=lambda placed: placed[1].turn):
             if request.decoding:
                 continue
-            prompt = tuple(request.prompt) if request.filled == 0 else None
-            if prompt in whole:
-                copies[row] = whole[prompt]
+            leader = whole.get(request.fingerprint) if request.filled == 0 else None
+            if leader is not None and self.running[leader].prompt == request.prompt:
+                copies[row] = leader
                 continue
             wider = min(max(width, len(request.prompt) - request.filled), self.prefill_tokens)
             if not rows or (len(rows) + 1) * wider <= self.prefill_tokens:
                 rows, width = [*rows, row], wider
-                if prompt and len(prompt) <= width:
-                    whole[prompt] = row
+                if request.filled == 0 and len(request.prompt) <= width:
+                    whole[request.fingerprint] = row
         if not rows:
             return []
         tokens, positions, last = [], [], []
@@ -516,7 +523,7 @@ class Decoder:
         places, last = torch.tensor((rows, last)).to(self.device)  # (B,) each
         logits = self.model.prefill(*inputs, length, places, last)  # (B, V)
         if copies:
-            self.model.copy(list(copies.values()), list(copies), length)
+            self.model.copy(copies, max(len(self.running[row].prompt) for row in copies))
             for row in copies:
                 self.running[row].filled = len(self.running[row].prompt)
             logits = logits[[*range(len(rows)), *map(rows.index, copies.values())]]
@@ -554,6 +561,9 @@ class Decoder:
             events.append(Event(request, token, reason))
             if reason:
                 over.append((request, reason))
+        # A NaN in the cache would reach the next request of its row, masked or not. All go before the first row moves.
+        for request in (request for request, reason in over if reason == "error"):
+            self.model.clear(self.running.index(request))
         for request, reason in over:
             self.leave(request, reason)
         return events
@@ -562,8 +572,6 @@ class Decoder:
         """Ends a running request; the one in the last row moves to its place."""
         request.finish_reason = reason
         row, last = self.running.index(request), len(self.running) - 1
-        if reason == "error":
-            self.model.clear(row)  # a NaN in the cache would reach the row's next request, masked or not
         if row != last:
             self.running[row] = self.running[last]
             self.model.move(last, row)

@@ -22,12 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
+
 from dataset.make_demo_data import generate, is_polite_and_short, is_right
 from model.generation import Decoder, Sampling, stop_ids
 from model.model_lora import load_lora, lora_state_dict
 from model.weights import WeightsError, atomic_open, load_model, load_tokenizer
+from scripts.bench_train import machine
 from scripts.chat_text import chat_ids, decode, split_thinking
 from scripts.score_questions import read_questions, wilson
+from trainer import trainer_utils as utils
 from trainer.checkpoint import sha256_of
 from trainer.command_line import UserError, check_writable, run_script
 from trainer.rewards import format as well_formed
@@ -44,6 +48,7 @@ class Bench:
     def __init__(self, base: Path, out: Path, images: Path):
         self.base, self.out, self.images = base, out, images
         self.tokenizer, self.base_sha256 = load_tokenizer(), sha256_of(base)
+        self.dtype = str(utils.best_dtype(torch.device("cpu")))
         self.results: dict[str, dict] = {}
         self.seconds: dict[str, float] = {}
 
@@ -56,7 +61,7 @@ class Bench:
         words = [sys.executable, f"trainer/{script}", "--out_dir", out, *SHARED, *flags]
         words = [str(word) for word in words]
         stamp = out / "finished.json"
-        ran = {"words": words, "base": self.base_sha256}
+        ran = {"words": words, "base": self.base_sha256, "dtype": self.dtype}
         if stamp.is_file() and ran.items() <= json.loads(stamp.read_text(encoding="utf-8")).items():
             self.seconds[folder] = json.loads(stamp.read_text(encoding="utf-8"))["seconds"]
             return out
@@ -241,7 +246,7 @@ DISTILL = "--hidden_size 80 --num_hidden_layers 2 --max_seq_len 128 --epochs 1 -
 DISTILL += "--val_interval 500".split()
 REASON = "--max_seq_len 256 --epochs 2 --learning_rate 1e-3 --mix_ratio 0.7 --val_interval 100".split()
 HALF = "--max_seq_len 256 --epochs 3 --max_steps 260 --learning_rate 1e-3 --mix_ratio 0.5 --val_interval 100".split()
-# Hundreds of answers per update: smaller ones, and larger steps, drown in noise (trainer/LOG.md).
+# Hundreds of answers per update: fewer drown in noise (trainer/LOG.md).
 RL = "--max_seq_len 256 --max_new_tokens 128 --epochs 60 --beta 0.05 --warmup_iters 3".split()
 RL += "--val_interval 25 --log_interval 1".split()
 GRPO = [*RL, *"--max_steps 75 --learning_rate 1.5e-4 --batch_size 64 --num_generations 8".split()]
@@ -352,7 +357,9 @@ def main() -> None:
         print(f"── {name}", flush=True)
         STAGES[name](bench)
         with atomic_open(path, "w") as f:
-            json.dump({"results": bench.results, "seconds": bench.seconds}, f, ensure_ascii=False, indent=1)
+            made_on = machine("cpu") | {"dtype": bench.dtype}
+            kept = {"machine": made_on, "results": bench.results, "seconds": bench.seconds}
+            json.dump(kept, f, ensure_ascii=False, indent=1)
         draw(bench, name)
         print(table({key: bench.results[key] for key in PARTS.get(name, [name])}), flush=True)
     with atomic_open(bench.out / "stages.md", "w") as f:

@@ -471,6 +471,25 @@ def test_output_that_is_no_number_is_reported():
             next(stream_generate(broken, torch.tensor([[1]]), max_new_tokens=3))
 
 
+@pytest.mark.parametrize("bad", [1, 3])
+def test_rows_of_failed_requests_serve_the_next_ones(bad):
+    """Several fail in one step, as answers to one prompt do: no NaN stays in the cache."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens = nn.Embedding.from_pretrained(model.model.embed_tokens.weight.detach().clone())
+        model.model.embed_tokens.weight[99] = torch.nan  # one token of the input is damaged
+    decoder = Decoder(model, slots=4, max_seq_len=64)
+    sampling = Sampling(temperature=0, max_new_tokens=5)
+    broken = [decoder.add([1, 99, 7], sampling) for _ in range(bad)]
+    while decoder.busy:
+        decoder.step()
+    assert [request.finish_reason for request in broken] == ["error"] * bad
+    for request in decoder.generate(PROMPTS[:4], sampling):
+        assert request.finish_reason == "length"
+        (alone,) = Decoder(model, 1, 64).generate([request.prompt], sampling)
+        assert request.tokens == alone.tokens
+
+
 def test_a_request_that_fails_leaves_the_others_alone():
     model = tiny_model()
     with torch.no_grad():

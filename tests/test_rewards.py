@@ -15,7 +15,7 @@ from dataset.make_demo_data import generate, is_right
 from model.weights import WeightsError
 from trainer import rewards
 from trainer.command_line import UserError
-from trainer.rewards import Reward, check_rewards, parse_rewards, score
+from trainer.rewards import Reward, check_rewards, parse_rewards, score, whole_paths
 
 TAGGED = "<think>\n15 + 62 = 77.\n</think>\n<answer>\n77\n</answer>"
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\n", " ", "46", "-", "1,000", ".", "答案是", "no", "负"]
@@ -286,6 +286,19 @@ def test_the_loader_of_the_project_is_the_default(monkeypatch):
     fake = types.SimpleNamespace(load_reward_model=lambda path, device: lambda conversations: [3.0])
     monkeypatch.setitem(sys.modules, "trainer.reward_model", fake)
     assert score(parse_rewards(["model:x.pth"]), ["a"], [record()])["reward"] == [3.0]
+
+
+def test_paths_of_models_become_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "run:3"
+    folder.mkdir()
+    (folder / "judge.pth").touch()
+    (folder / "link.pth").symlink_to(folder / "judge.pth")
+    monkeypatch.chdir(folder)
+    whole = whole_paths(["answer:0.5", "model:judge.pth", "model:link.pth:0.25", "model:elsewhere.pth:2"])
+    judge, link = f"model:{folder / 'judge.pth'}:1", f"model:{folder / 'link.pth'}:0.25"
+    assert whole == ["answer:0.5", judge, link, "model:elsewhere.pth:2"]
+    assert whole_paths(whole) == whole
+    assert [reward.weight for reward in parse_rewards(whole)] == [0.5, 1, 0.25, 2]
 
 
 @pytest.mark.parametrize(

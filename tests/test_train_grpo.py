@@ -432,7 +432,7 @@ def test_a_reward_model_belongs_to_the_run(flags, material, tmp_path, monkeypatc
     assert result.status == 0 and "this run is finished" in result.out, result.err
     nn.init.zeros_(judge.score.weight)
     save_weights(judge, tmp_path / "judge.pth", {"stage": "reward"})
-    assert "judge.pth weights was" in one_error(resume(tmp_path / "out"))
+    assert "reward model 1 weights was" in one_error(resume(tmp_path / "out"))
 
 
 def test_bad_input_is_named_in_one_line_and_nothing_is_lost(flags, tmp_path):

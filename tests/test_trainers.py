@@ -142,13 +142,13 @@ def finish(process: subprocess.Popen, limit: float = LIMIT_SECONDS) -> Result:
     return Result(process.returncode, out, err)
 
 
-def torchrun(script: ModuleType | Path, arguments: list[str]) -> Result:
+def torchrun(script: ModuleType | Path, arguments: list[str], limit: float = LIMIT_SECONDS) -> Result:
     """Two gloo ranks on this machine."""
     path = script.__file__ if isinstance(script, ModuleType) else script
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", path]
     process = start([*launch, *arguments])
     try:
-        out, err = process.communicate(timeout=LIMIT_SECONDS)
+        out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun hands it on to its workers, kill would leave them behind
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -161,7 +161,7 @@ def torchrun(script: ModuleType | Path, arguments: list[str]) -> Result:
 
 
 ONE_AFTER_ANOTHER = """
-import importlib, json, sys, traceback
+import importlib, json, sys
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
@@ -169,12 +169,13 @@ from trainer import run_log
 from trainer.command_line import leave
 from trainer.trainer_utils import Run
 
-make_group = dist.init_process_group
+make_group, linear = dist.init_process_group, torch.nn.functional.linear
 dist.init_process_group = lambda *args, **named: dist.is_initialized() or make_group(*args, **named)
 def close(run, status=0):
     dist.barrier()
     if run.engine:
         run.engine.close()
+    torch.nn.functional.linear = linear  # ZeRO 3 puts its own in the place, for good
 Run.close = close
 run_log.plot_loss = lambda *about: None
 torch.set_num_threads(1)
@@ -190,7 +191,7 @@ def torchrun_all(folder: Path, runs: list[tuple[str, list[str]]]) -> Result:
     """Several runs on two ranks in one launch, which takes longer than a tiny run: (script without "train_", flags)."""
     path = folder / "one_after_another.py"
     path.write_text(ONE_AFTER_ANOTHER.format(root=str(ROOT)), encoding="utf-8")
-    return torchrun(path, [json.dumps(runs)])
+    return torchrun(path, [json.dumps(runs)], limit=540)
 
 
 def run_folder(out_dir: Path, stage: str = "pretrain", size: str = "32") -> Path:

@@ -125,7 +125,7 @@ def available(device: torch.device) -> float:
 
 
 def container_limit() -> float:
-    """Bytes that a container (Docker, Kubernetes, Slurm) allows its processes together; infinite without a limit."""
+    """Bytes that a container (Docker, Kubernetes) allows its processes together; infinite without a limit."""
     for path in CONTAINER:
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
             return float(Path(path).read_text(encoding="ascii"))

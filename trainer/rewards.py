@@ -171,9 +171,10 @@ def whole_paths(words: Sequence[str]) -> list[str]:
     whole = []
     for word in words:
         kind, _, rest = word.partition(":")
-        path, colon, weight = path_and_weight(rest)
+        path, _, weight = path_and_weight(rest)
         found = kind == "model" and path and Path(path).exists()
-        whole.append(f"model:{Path(path).resolve()}{colon}{weight}" if found else word)
+        # With a weight in any case: a folder above may have a colon in its name.
+        whole.append(f"model:{Path(path).absolute()}:{weight or 1}" if found else word)
     return whole
 
 
@@ -222,9 +223,8 @@ def check_rewards(rewards: Sequence[Reward], records: Iterable[dict]) -> None:
                 answer("", record)
 
 
-def model_paths(rewards: Sequence[Reward]) -> dict[str, Path]:
-    """Where the reward models lie, by the names of the rewards."""
-    return {reward.name: Path(reward.rate.path) for reward in rewards if isinstance(reward.rate, LazyModel)}
+def model_paths(rewards: Sequence[Reward]) -> list[Path]:
+    return [Path(reward.rate.path) for reward in rewards if isinstance(reward.rate, LazyModel)]
 
 
 def shortened(text: str) -> str:

@@ -232,8 +232,8 @@ def main() -> None:
     optimizer = make_optimizer(raw_model, args.weight_decay, run.device, args.optimizer, run.dtype)
     keeper = checkpoint.Keeper(run, STAGE, args, raw_model, optimizer)
     keeper.depends_on("reference", Path(args.from_weight))
-    for name, path in model_paths(rewards).items():
-        keeper.depends_on(name, path)
+    for i, path in enumerate(model_paths(rewards)):
+        keeper.depends_on(f"reward model {i + 1}", path)
     same = "rewards num_generations max_new_tokens temperature inner_updates beta clip_low clip_high loss scale_rewards"
     keeper.also_same |= {name: getattr(args, name) for name in same.split()}
     progress = keeper.restore_or_start(data.data_key)

@@ -261,8 +261,8 @@ def main() -> None:
     add_group(optimizer, raw_model.value_head.parameters(), lr_factor=factor)
     keeper = checkpoint.ActorKeeper(run, STAGE, args, raw_model, optimizer)
     keeper.depends_on("reference", Path(args.from_weight))
-    for name, path in model_paths(rewards).items():
-        keeper.depends_on(name, path)
+    for i, path in enumerate(model_paths(rewards)):
+        keeper.depends_on(f"reward model {i + 1}", path)
     same = "rewards num_generations max_new_tokens temperature inner_updates beta clip_low clip_high"
     same += " critic_learning_rate value_coef gamma gae_lambda"
     keeper.also_same |= {name: getattr(args, name) for name in same.split()}
