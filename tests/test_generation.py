@@ -477,10 +477,10 @@ def test_rows_of_failed_requests_serve_the_next_ones(bad):
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens = nn.Embedding.from_pretrained(model.model.embed_tokens.weight.detach().clone())
-        model.model.embed_tokens.weight[99] = torch.nan  # one token of the input is damaged
+        model.model.embed_tokens.weight[98] = torch.nan  # one token of the input is damaged
     decoder = Decoder(model, slots=4, max_seq_len=64)
     sampling = Sampling(temperature=0, max_new_tokens=5)
-    broken = [decoder.add([1, 99, 7], sampling) for _ in range(bad)]
+    broken = [decoder.add([1, 98, 7], sampling) for _ in range(bad)]
     while decoder.busy:
         decoder.step()
     assert [request.finish_reason for request in broken] == ["error"] * bad
