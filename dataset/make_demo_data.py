@@ -415,7 +415,7 @@ def version() -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + f".{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same file
     with open(part, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
     os.replace(part, path)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dataset import demo_world as world
+from dataset import make_demo_data
 from dataset.make_demo_data import MANIFEST, generate, is_polite_and_short, is_right, normalise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -607,6 +608,21 @@ def test_same_seed_same_bytes_in_another_process(tmp_path):
     for path in paths.values():
         assert path.read_bytes() == (there / path.name).read_bytes()
     assert not list((tmp_path / "here").glob("*.part"))
+
+
+def test_processes_that_write_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """One is overtaken by another between writing its part and giving it the name."""
+    path, replace = tmp_path / "demo_sft.jsonl", os.replace
+
+    def overtaken(part, target):
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        make_demo_data.write_atomically(path, "the other's")
+        replace(part, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    make_demo_data.write_atomically(path, "mine")
+    assert path.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [path]
 
 
 def test_second_call_does_nothing_until_something_changed(tmp_path):
