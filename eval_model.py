@@ -34,13 +34,13 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from model.files import atomic_open  # noqa: E402
 from model.generation import Decoder, Sampling, stop_ids, stream_generate  # noqa: E402
 from model.model_lora import load_lora  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.weights import (  # noqa: E402
     STAGES,
     WeightsError,
-    atomic_open,
     find_weights,
     load_model,
     load_tokenizer,

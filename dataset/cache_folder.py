@@ -19,12 +19,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from dataset.json_lines import DataError
+from model.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -108,14 +109,36 @@ def build_folder(final: Path, cache_dir: Path, waiting_for: str) -> Iterator[Pat
             _fsync(tmp)
             damaged = final.with_name(f"{final.name}.building-{secrets.token_hex(4)}")
             if final.exists():
-                os.replace(final, damaged)
-            os.replace(tmp, final)
+                replace_file(final, damaged)
+            replace_file(tmp, final)
             _fsync(final.parent)
             shutil.rmtree(damaged, ignore_errors=True)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     finally:
         lock.release()
+
+
+@contextmanager
+def scratch_folder(cache_dir: Path) -> Iterator[Path]:
+    """An empty folder that is removed at the end, or by the next run where this one dies (see `build_folder`).
+
+    Its name is short: `datasets` writes the path of a folder out once more in the name of a file in it, and Windows
+    ends a path at 260 characters.
+    """
+    from filelock import FileLock
+
+    name = secrets.token_hex(3)
+    lock = FileLock(cache_dir / "locks" / f"{name}.lock")
+    folder = cache_dir / f"{name}.building-a"
+    with lock:
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
 
 
 def _fsync(path: Path) -> None:

@@ -9,11 +9,12 @@ import codecs
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from model.files import as_typed
 
 ROOT = Path(__file__).resolve().parents[1]
 SCAN_BYTES = 1 << 22  # of the first pass, at once
@@ -77,7 +78,7 @@ def check_file(path: str | os.PathLike) -> Path:
 def converts(path: Path) -> str:
     """The command that makes our JSON Lines of a file."""
     out = path.with_suffix(".jsonl") if path.suffix != ".jsonl" else path.with_name(f"{path.stem}_lines.jsonl")
-    return f"`python scripts/prepare_data.py convert {shlex.quote(str(path))} --to {shlex.quote(str(out))}` converts it"
+    return f"`python scripts/prepare_data.py convert {as_typed(path)} --to {as_typed(out)}` converts it"
 
 
 def scan_jsonl(path: Path, n_shards: int) -> tuple[str, list[Shard]]:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import demo_world as world
 from dataset.demo_kinds import GAP, KINDS, LANGS, MAX_SORTED, STOP, DemoWorld, Item, fill, identity, listing
+from model.files import replace_file
 
 DEMO_DIR = ROOT / "dataset" / "demo"
 MANIFEST = "demo_manifest.json"
@@ -418,7 +419,7 @@ def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same file
     with open(part, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
-    os.replace(part, path)
+    replace_file(part, path)
 
 
 def up_to_date(out_dir: Path, seed: int) -> bool:

@@ -24,8 +24,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -39,8 +37,17 @@ from typing import Any
 
 import numpy as np
 
-from dataset.cache_folder import CacheError, MappedArray, build_folder, read_meta, user_errors, write_meta
+from dataset.cache_folder import (
+    CacheError,
+    MappedArray,
+    build_folder,
+    read_meta,
+    scratch_folder,
+    user_errors,
+    write_meta,
+)
 from dataset.json_lines import DataError, Shard, check_file, parse_line, read_lines, scan_jsonl
+from model.files import as_typed
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CACHE_DIR = ROOT / "dataset" / ".cache"
@@ -254,7 +261,8 @@ def load_or_build(
     if meta is None:
         with user_errors(cache_dir), build_folder(folder, cache_dir, f"tokenising {path}") as tmp:
             if tmp is not None:
-                _tokenise(path, shards, content_hash, tokenizer, fmt, tmp, skip_bad_records, show_progress)
+                with scratch_folder(cache_dir) as scratch:
+                    _tokenise(path, shards, content_hash, tokenizer, fmt, tmp, scratch, skip_bad_records, show_progress)
                 if (path.stat().st_size, path.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise DataError(f"{path} was changed while it was read; start again when it is complete")
         meta = read_meta(folder)
@@ -266,7 +274,7 @@ def load_or_build(
 
 
 def _bad_record_error(path: Path, line: int, reason: str, n_bad: int, n_seen: int) -> DataError:
-    advice = f"`python dataset/check_data.py {shlex.quote(str(path))}` shows more"
+    advice = f"`python dataset/check_data.py {as_typed(path)}` shows more"
     if n_bad < n_seen:
         advice += ", --skip_bad_records leaves them out"
     elif reason.startswith('key "'):  # of the record itself, not of a turn
@@ -281,10 +289,11 @@ def _tokenise(
     tokenizer: Any,
     fmt: RecordFormat,
     tmp: Path,
+    scratch: Path,
     skip_bad: bool,
     show: bool,
 ) -> None:
-    """Fills `tmp` with the files of a cache."""
+    """Fills `tmp` with the files of a cache; `scratch` holds what is needed on the way."""
     try:
         import datasets
     except ImportError:
@@ -306,7 +315,7 @@ def _tokenise(
             arrow = datasets.Dataset.from_generator(
                 generate_rows,
                 features=features,
-                cache_dir=str(tmp / "arrow"),
+                cache_dir=str(scratch),
                 gen_kwargs={
                     "shards": [asdict(s) for s in shards],
                     "path": str(path),
@@ -340,7 +349,6 @@ def _tokenise(
             datasets.enable_progress_bars()
         datasets.logging.set_verbosity(level)
     counts = _export(files, tmp, fmt)
-    shutil.rmtree(tmp / "arrow")
     (tmp / "progress.bin").unlink()
     write_meta(
         tmp,

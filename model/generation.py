@@ -111,6 +111,10 @@ class Sampling:
     def penalises(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def reports(self) -> bool:
+        return self.logps or self.top_logps > 0
+
 
 # --- From logits to a token -------------------------------------------------------------------------------------------
 
@@ -240,9 +244,9 @@ class Sampler:
         raw = logits = logits.float()
         consecutive = rows[-1] - rows[0] + 1 == len(rows) and list(rows) == list(range(rows[0], rows[-1] + 1))
         index = slice(rows[0], rows[-1] + 1) if consecutive else torch.tensor(rows, device=self.device)
-        settings = self.settings[index]
-        temperature, top_k, top_p, min_p, *penalties = settings.split(1, dim=1)  # (B, 1) each
-        penalises = any(s.penalises for s in asked)
+        penalises, reports = any(s.penalises for s in asked), any(s.reports for s in asked)
+        if penalises or reports or not all(s.greedy for s in asked):
+            temperature, top_k, top_p, min_p, *penalties = self.settings[index].split(1, dim=1)  # (B, 1) each
         if any(s.logit_bias for s in asked):
             logits = logits + self.bias[index]
         if penalises:
@@ -251,7 +255,6 @@ class Sampler:
         if guided:
             logits = self.guided(logits, guided)
         best, tokens = logits.max(-1)  # (B,); NaN if there is one
-        broken = best.isnan()
         if not all(s.greedy for s in asked):
             numbers = [0.0 if s is None or s.greedy else self.uniform(row) for row, s in zip(rows, active, strict=True)]
             uniform = torch.tensor(numbers, device=self.device)[:, None]
@@ -267,11 +270,11 @@ class Sampler:
         if penalises:
             used = self.flags([s is not None for s in active])[:, None]
             self.counts[index] += F.one_hot(tokens, self.vocab_size) * used
-        listed = torch.where(broken, -1, tokens).tolist()
+        listed = torch.where(best.isnan(), -1, tokens).tolist()
         for i, guide in guided:
             if listed[i] >= 0:
                 guide.advance(listed[i])
-        if not any(s.logps or s.top_logps for s in asked):
+        if not reports:
             return Drawn(listed)
         return Drawn(listed, *self.log_probabilities(raw, tokens, temperature, max(s.top_logps for s in asked)))
 
@@ -383,12 +386,12 @@ class Decoder:
     The running requests always hold the first rows of the cache: where one leaves, the last one moves in, and a step
     costs what the requests that run cost, not what the slots would. Orca (Yu et al. 2022, OSDI) calls it
     iteration-level scheduling. A request's tokens depend on its prompt, settings and seed; the number of rows of a
-    product can change the last bits of its logits, nothing else.
+    product can change the last bits of its logits (of a bfloat16 model the last of 8), nothing else.
 
     Args:
         model: it stays as it is; `refresh` takes over weights that changed. Dropout is off here in any case.
         slots: requests that run at a time; others wait. max_seq_len: tokens of prompt and answer together.
-        dtype: of the arithmetic, by default the model's own where the device multiplies it fast, else float32.
+        dtype: of cache and arithmetic, by default the model's own where the device multiplies it fast, else float32.
         compile: compiles the decode step: the first ones wait up to a minute, later ones take half the time on a CPU.
             For servers and rollouts; a chat would be over before it pays.
         prefill_tokens: prompt tokens taken in per step, padding included: a longer prompt is taken in over several
@@ -549,7 +552,7 @@ class Decoder:
                 reason, token = "error", None
             else:
                 request.tokens.append(token)
-                if sampling.logps or sampling.top_logps:
+                if sampling.reports:
                     request.logps.append(drawn.logps[i])
                     request.tempered_logps.append(drawn.tempered_logps[i])
                     request.top_logps.append(drawn.top_logps[i][: sampling.top_logps])

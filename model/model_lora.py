@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.weights import WeightsError, atomic_open, read_state_dict
+from model.files import atomic_open
+from model.weights import WeightsError, read_state_dict
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all inside the blocks
 PEFT_PREFIX = "base_model.model."

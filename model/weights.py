@@ -4,18 +4,15 @@ The `.pth` is a plain half-precision state dict (`torch.load(weights_only=True)`
 that come without the JSON load too: their configuration is read off the tensor shapes.
 """
 
-import contextlib
 import json
-import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.files import atomic_open
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,30 +27,6 @@ STAGES = ("pretrain", "full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo_ac
 
 class WeightsError(ValueError):
     """A weight file is missing, unreadable or of another shape. The message is a full sentence for the user."""
-
-
-@contextlib.contextmanager
-def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """A file that appears under its name whole or not at all: written beside it, flushed to disk, then renamed.
-
-    On any error (disk full, interrupt) the part is removed and what stood under the name before stays as it was.
-    Raises: OSError with the file's name when it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        # torch.save hides the OSError of a full disk behind a RuntimeError, and a failed write does not say where.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and cause.errno and cause.filename is None:
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise
 
 
 def weight_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path:

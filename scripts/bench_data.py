@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from dataset.lm_dataset import PackedDataset, PretrainDataset, SFTDataset
-from model.weights import atomic_open, load_tokenizer
+from model.files import atomic_open
+from model.weights import load_tokenizer
 from scripts.bench_train import machine
 from trainer import run_log, trainer_utils
 from trainer.command_line import UserError, number, run_script

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from dataset.make_demo_data import generate
-from model.weights import atomic_open
+from model.files import atomic_open
 from scripts.bench_train import machine, read_size
 from trainer import checkpoint
 from trainer import trainer_utils as utils
@@ -56,7 +56,8 @@ def speed(engine: str, args: argparse.Namespace, folder: Path) -> float:
     threads = max(1, (os.cpu_count() or 1) // ranks)
     done = subprocess.run(
         [sys.executable, *map(str, launch + words)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, encoding="utf-8",
+        errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"{engine} ended with status {done.returncode}: {done.stderr[-400:]}")

@@ -24,12 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from model.files import atomic_open
 from model.generation import Decoder, Sampling
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import atomic_open
 from scripts.bench_train import machine, read_size
 from trainer import trainer_utils as utils
 from trainer.command_line import UserError, check_writable, run_script
+
+COMPILE = [0] if sys.platform == "win32" else [0, 1]  # the compiler wants more than a Windows machine has as a rule
 
 
 def make_model(size: str, dtype: torch.dtype, device: torch.device) -> MiniMindForCausalLM:
@@ -151,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", default=["512x8"], help="HIDDENxLAYERS, with moe behind for experts")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=utils.DTYPES, help="of the weights")
-    parser.add_argument("--compile", nargs="+", type=int, default=[0, 1], choices=[0, 1], help="1 on, 0 off")
+    parser.add_argument("--compile", nargs="+", type=int, default=COMPILE, choices=[0, 1], help="1 on, 0 off")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 32], help="texts at a time")
     parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens per prompt")
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens per answer")

@@ -2,7 +2,7 @@
 
 Every recipe trains the same model, with the same tokenizer, on the same records, for a given number of seconds, and is
 judged on the same held-out rows: bits per byte (pretraining) or nats per trained token (SFT). The first recipe is the
-reference's: one padded record per row, AdamW falling from its peak to a tenth without warm-up, torch's initialisation.
+reference's: one padded record per row, AdamW falling from 5e-4 to a tenth without warm-up, torch's initialisation.
 Each further one adds one step on the way to the trainers' defaults. The learning rate follows the clock, so that every
 recipe gets its whole schedule; validation stops the clock, compiling does not.
 
@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset, token_bytes
+from model.files import atomic_open
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import atomic_open, load_model, load_tokenizer
+from model.weights import load_model, load_tokenizer
 from scripts.bench_train import machine
 from trainer import train_full_sft, train_pretrain
 from trainer import trainer_utils as utils
@@ -41,6 +42,8 @@ from trainer.optimizer import make_optimizer
 
 DATASETS = {"pretrain": PretrainDataset, "full_sft": SFTDataset}
 METRIC = {"pretrain": "val_bpb", "full_sft": "val_loss"}
+REFERENCE_ROWS = {"pretrain": 32, "full_sft": 16}
+OUR_RATE = {"pretrain": 2e-3, "full_sft": 1e-3}  # the defaults of the trainers
 NLL = {"pretrain": train_pretrain.summed_nll, "full_sft": train_full_sft.summed_nll}
 
 
@@ -59,11 +62,11 @@ class Recipe:
     plumbing: bool = False  # the trainers' arithmetic: best precision, compile where it pays, memory kept, short head
     our_start: bool = False  # initialisation: 0.02 and scaled residual outputs, or what torch.nn.Linear does
     max_seq_len: int = 512
-    batch_size: int = 32
+    batch_size: int | None = None  # None: the reference's in this stage
     ramp: tuple[float, ...] = (1,)  # factors on the batch size, one after another over equal parts of the time
     accumulation: int = 1
     optimizer: str = "adamw"
-    learning_rate: float = 5e-4
+    learning_rate: float | None = 5e-4  # None: ours in this stage
     warmup: float = 0.0  # share of the schedule
     floor: float = 0.1  # of the peak, at the end
     weight_decay: float = 0.01
@@ -73,7 +76,7 @@ REFERENCE = Recipe()
 PACKED = replace(REFERENCE, packed=True)
 PLUMBING = replace(PACKED, plumbing=True)
 START = replace(PLUMBING, our_start=True)
-SCHEDULE = replace(START, warmup=0.02, learning_rate=2e-3, weight_decay=0.1)
+SCHEDULE = replace(START, warmup=0.02, learning_rate=None, weight_decay=0.1)
 SMALL = replace(SCHEDULE, batch_size=8)
 MUON = replace(SMALL, optimizer="muon")
 OURS = replace(MUON, batch_size=4)  # what `fitted_rows` gives for the half a million tokens of 150 seconds on a CPU
@@ -89,6 +92,16 @@ RECIPES = {
     "ours": OURS,
     "batch ramp": replace(OURS, ramp=(0.5, 1, 2)),
 }
+
+
+def for_stage(recipe: Recipe, stage: str) -> Recipe:
+    """The recipe with what depends on the stage filled in."""
+    rows = REFERENCE_ROWS[stage] if recipe.batch_size is None else recipe.batch_size
+    rate = OUR_RATE[stage] if recipe.learning_rate is None else recipe.learning_rate
+    return replace(recipe, batch_size=rows, learning_rate=rate)
+
+
+REFERENCES = ("reference", "accumulation 8")
 
 
 class PaddedRows(torch.utils.data.Dataset):
@@ -128,6 +141,7 @@ def torch_start(model: nn.Module) -> None:
 
 def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -> dict:
     """Trains one recipe for so many seconds.  Returns: held-out figures over time, tokens and updates."""
+    recipe = for_stage(recipe, args.stage)
     dtype = "auto" if recipe.plumbing or utils.find_device(args.device).type == "cuda" else "float32"
     run = utils.Run(args.device, dtype, seed, keep_memory=recipe.plumbing)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -212,6 +226,26 @@ def seconds_to(curve: list[dict], name: str, target: float) -> float | None:
     return None
 
 
+def verdicts(results: list[dict], name: str) -> list[str]:
+    """One line per run that gets to where the better reference ends: after how many seconds, in what part of its time.
+
+    Empty where no reference was run.
+    """
+    references = [r for r in results if r["recipe"] in REFERENCES]
+    if not references:
+        return []
+    best = min(references, key=lambda r: r["curve"][-1][name])
+    target, whole = best["curve"][-1][name], best["curve"][-1]["seconds"]
+    lines = []
+    for r in results:
+        reached = seconds_to(r["curve"], name, target)
+        if reached is not None and r not in references:
+            run = f"{r['recipe']} (seed {r['seed']})"
+            faster = f"{whole / reached:.1f} × faster"
+            lines.append(f"{run} is where the better reference ends after {reached:.0f} s: {faster}")
+    return lines
+
+
 def table(results: list[dict], name: str) -> str:
     """A row per recipe: its last held-out figure (mean over seeds and spread) and what it took."""
     lines = [
@@ -266,22 +300,20 @@ def main() -> None:
     results = []
     for seed in args.seeds:
         for name in args.recipes:
-            slow = args.reference_seconds if name in ("reference", "accumulation 8") else None
+            slow = args.reference_seconds if name in REFERENCES else None
             case = {"recipe": name, "budget_seconds": slow or args.seconds, "seed": seed}
             command = [sys.executable, __file__, *sys.argv[1:], "--case", json.dumps(case)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
             if done.returncode:
                 raise UserError(f"recipe {name!r} failed; see the lines above.")
             results.append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(table(results[-1:], METRIC[args.stage]).splitlines()[-1], flush=True)
             if args.json:  # after each run: hours may lie before the last
                 with atomic_open(args.json, "w") as f:
-                    json.dump({**machine(args.device), "file": args.file.name, "results": results}, f, indent=1)
-    print("\n" + table(results, METRIC[args.stage]))
-    slowest = [r["curve"][-1][METRIC[args.stage]] for r in results if r["recipe"] in ("reference", "accumulation 8")]
-    for r in results if slowest else []:
-        if reached := seconds_to(r["curve"], METRIC[args.stage], min(slowest)):
-            print(f"{r['recipe']} (seed {r['seed']}) is where the better reference ends after {reached:.0f} s")
+                    command = " ".join(sys.argv[1:]).replace(str(args.file), args.file.name)
+                    report = {**machine(args.device), "stage": args.stage, "file": args.file.name, "command": command}
+                    json.dump(report | {"results": results}, f, indent=1)
+    print("\n" + table(results, METRIC[args.stage]), *verdicts(results, METRIC[args.stage]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from model.weights import atomic_open, load_tokenizer, save_weights
+from model.files import atomic_open
+from model.weights import load_tokenizer, save_weights
 from scripts.bench_generate import make_model
 from scripts.bench_train import machine
 from trainer.command_line import BoolFlag, UserError, check_writable, number, run_script

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from model.files import atomic_open
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import atomic_open
 from trainer import memory, run_log
 from trainer import trainer_utils as utils
 from trainer.command_line import UserError, run_script
@@ -146,7 +146,8 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", default=["512x8"], help="HIDDENxLAYERS, with moe or wide behind it")
     parser.add_argument("--dtypes", nargs="+", default=["auto"], choices=["auto", *utils.DTYPES])
-    parser.add_argument("--compile", nargs="+", type=int, default=[1], choices=[0, 1], help="1 on, 0 off")
+    compiler = int(sys.platform != "win32")  # a Windows machine has none as a rule
+    parser.add_argument("--compile", nargs="+", type=int, default=[compiler], choices=[0, 1], help="1 on, 0 off")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[32], help="rows per update")
     parser.add_argument("--seq_lens", nargs="+", type=int, default=[512], help="tokens per row")
     parser.add_argument("--optimizer", default="muon", choices=OPTIMIZERS, help="as in the trainers")
@@ -175,7 +176,8 @@ def main() -> None:
             "warmup": args.warmup,
         }
         # A process each: peak memory is a mark that never falls, and one setting out of memory does not end the rest.
-        done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
+        command = [sys.executable, __file__, "--case", json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"{size} {dtype} batch {batch_size} × {seq_len}: failed ({last})", file=sys.stderr)

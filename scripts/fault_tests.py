@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.make_demo_data import generate
-from model.weights import atomic_open
+from model.files import atomic_open
 from trainer.checkpoint import last_progress, newest_state
 from trainer.command_line import UserError, number, run_script
 
@@ -166,7 +166,7 @@ def kill(scene: Scene) -> Outcome:
             alive = scene.wait_for(process, lambda: any(out_dir.rglob("*.part")))
             writing += alive
         if alive:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.communicate()
             done += 1
             saved = last_progress(scene.run_folder(out_dir))
@@ -188,6 +188,8 @@ def kill(scene: Scene) -> Outcome:
 
 
 def sigterm(scene: Scene) -> Outcome:
+    if os.name == "nt":
+        raise OSError("Windows cannot ask a process to end")
     out_dir = scene.folder / "terminated"
     process = scene.start(out_dir)
     scene.wait_for(process, lambda: scene.logged(out_dir) >= 37)
@@ -312,7 +314,7 @@ def clock_jump(scene: Scene) -> Outcome:
     out_dir = scene.folder / "clock"
     process = scene.start(out_dir, code=CLOCK_JUMP)
     scene.wait_for(process, lambda: scene.logged(out_dir) >= 60)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     for path in scene.run_folder(out_dir).iterdir():
         os.utime(path, (4e9, 4e9))

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.weights import atomic_open
+from model.files import atomic_open
 from trainer.command_line import UserError, number, run_script
 from trainer.run_log import read_metrics
 
@@ -38,6 +38,8 @@ def find_runs(named: list[Path], out_dir: Path) -> dict[str, list[dict]]:
         raise UserError(f"no run below {out_dir}; train something, or name run folders.")
     if len({folder.name for folder in runs}) == len(runs):
         return {folder.name: records for folder, records in runs.items()}
+    if len({folder.anchor for folder in runs}) > 1:  # on several drives of Windows
+        return {str(folder): records for folder, records in runs.items()}
     above = os.path.commonpath(runs)  # a/runs/pretrain_512 and b/runs/pretrain_512
     return {os.path.relpath(folder, above): records for folder, records in runs.items()}
 

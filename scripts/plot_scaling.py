@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.weights import atomic_open
+from model.files import atomic_open
 from scripts.bench_train import read_size
 from trainer.command_line import UserError, number, run_script
 from trainer.run_log import PEAK_TFLOPS

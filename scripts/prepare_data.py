@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dataset import json_lines, record_formats
 from dataset.check_data import guess_stage
 from dataset.json_lines import DataError
-from model.weights import atomic_open
+from model.files import atomic_open
 from scripts.preparing import cleaning, formats, mixing, reading
 from scripts.preparing.known import Known
 from scripts.preparing.report import Report

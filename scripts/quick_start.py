@@ -24,6 +24,8 @@ CHAT = (
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # on Windows a file or a pipe would otherwise fail on the lines below
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     python = ensure_environment("requirements.txt")
     started = time.perf_counter()
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Package → version of a requirements file, `-r` followed, lines for other Python versions left out."""
+    """Package → version of a requirements file, `-r` followed, lines for other Python versions and systems left out."""
     pins = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         line = line.split("#")[0].strip()
@@ -26,6 +26,9 @@ def read_pins(path: Path) -> dict[str, str]:
         pin, _, marker = line.partition(";")
         wanted = re.fullmatch(r'\s*python_version\s*(>=|<)\s*"3\.(\d+)"\s*', marker)
         if wanted and (sys.version_info[1] >= int(wanted[2])) != (wanted[1] == ">="):
+            continue
+        system = re.fullmatch(r'\s*sys_platform\s*==\s*"(\w+)"\s*', marker)
+        if system and system[1] != sys.platform:
             continue
         if "==" in pin:
             name, _, version = pin.strip().partition("==")
@@ -66,6 +69,8 @@ def ensure_environment(requirements: str) -> Path:
                 raise SystemExit("error: this Python lacks venv; on Debian and Ubuntu: apt install python3-venv")
             print(f"making a virtual environment in {folder}", flush=True)
             venv.create(folder, with_pip=True, clear=True)  # what an interrupted start left there goes
+        if sys.platform == "win32":
+            print("note: this torch is for the CPU; for an NVIDIA card see https://pytorch.org", flush=True)
         # torch first: other packages ask for it with open ranges, and would draw a build of their own
         for what in ([f"torch=={pins['torch']}"], ["-r", str(ROOT / requirements)]):
             print(f"installing {what[-1]}", flush=True)

@@ -25,9 +25,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from dataset.make_demo_data import generate, is_polite_and_short, is_right
+from model.files import atomic_open
 from model.generation import Decoder, Sampling, stop_ids
 from model.model_lora import load_lora, lora_state_dict
-from model.weights import WeightsError, atomic_open, load_model, load_tokenizer
+from model.weights import WeightsError, load_model, load_tokenizer
 from scripts.bench_train import machine
 from scripts.chat_text import chat_ids, decode, split_thinking
 from scripts.score_questions import read_questions, wilson

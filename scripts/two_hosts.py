@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.make_demo_data import generate
-from model.weights import atomic_open
+from model.files import atomic_open
 from trainer.command_line import UserError, run_script
 from trainer.run_log import read_metrics
 

@@ -30,9 +30,10 @@ from dataset.lm_dataset import encode_prompt
 from dataset.record_formats import parse_rl, parse_sft
 from dataset.token_cache import has_markers
 from eval_model import load_all
+from model.files import atomic_open
 from model.generation import NOT_A_NUMBER, Decoder, Sampling, stop_ids
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import STAGES, WeightsError, atomic_open, find_weights
+from model.weights import STAGES, WeightsError, find_weights
 from scripts.chat_text import decode
 from trainer.command_line import BoolFlag, UserError, check_writable, number, run_script
 from trainer.trainer_utils import DTYPES, find_device

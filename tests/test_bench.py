@@ -13,7 +13,17 @@ import pytest
 from dataset.lm_dataset import IGNORE, PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from scripts import bench_data, bench_engines, bench_generate, bench_gpu, bench_recipe, bench_train, plot_scaling
+from scripts import (
+    bench_data,
+    bench_engines,
+    bench_generate,
+    bench_gpu,
+    bench_recipe,
+    bench_train,
+    plot_recipes,
+    plot_scaling,
+)
+from trainer import train_full_sft, train_pretrain
 from trainer.command_line import UserError
 
 SMALL = ["--compile", "0", "--dtypes", "float32", "--seq_lens", "16", "--updates", "3", "--warmup", "1"]
@@ -150,6 +160,24 @@ def test_a_recipe_learns_to_its_schedule(monkeypatch, tmp_path):
         assert last < first - 0.2
 
 
+@pytest.mark.parametrize("stage, trainer", [("pretrain", train_pretrain), ("full_sft", train_full_sft)])
+def test_our_recipe_takes_the_learning_rate_of_the_trainer(monkeypatch, stage, trainer):
+    """Read off the trainer's own parser, which stops there."""
+
+    class Stop(Exception):
+        pass
+
+    def flags(parser, **defaults):
+        raise Stop(defaults)
+
+    monkeypatch.setattr(trainer.utils, "add_shared_flags", flags)
+    with pytest.raises(Stop) as stopped:
+        trainer.main()
+    ours = bench_recipe.for_stage(bench_recipe.OURS, stage)
+    assert ours.learning_rate == stopped.value.args[0]["learning_rate"]
+    assert bench_recipe.for_stage(bench_recipe.REFERENCE, stage).batch_size == {"pretrain": 32, "full_sft": 16}[stage]
+
+
 def test_padded_rows_hold_each_training_record_once(tmp_path):
     source = tmp_path / "text.jsonl"
     words = [f"number {n} " * (1 + n % 40) for n in range(100)]  # the longer ones do not fit
@@ -166,6 +194,44 @@ def test_padded_rows_hold_each_training_record_once(tmp_path):
         assert (ids[real:] == tokenizer.pad_token_id).all()
         texts.append(tokenizer.decode(ids[1:real].tolist()).removesuffix("<|im_end|>"))
     assert len(set(texts)) > 60 and all(any(full.startswith(text) for full in words) for text in texts)
+
+
+def recipe_report(path, recipes: dict[str, list[tuple[float, float]]], **changes) -> Path:
+    """A report as bench_recipe.py writes it, of these curves of (seconds, bits per byte)."""
+    results = [
+        {
+            "recipe": name, "budget_seconds": curve[-1][0], "seed": 0,
+            "updates": 7, "tokens": 70, "tokens_per_second": 7.0,
+            "curve": [{"seconds": seconds, "val_bpb": value} for seconds, value in curve],
+        }
+        for name, curve in recipes.items()
+    ]  # fmt: skip
+    report = {"device": "cpu", "threads": 2, "stage": "pretrain", "file": "a.jsonl", "results": results}
+    path.write_text(json.dumps(report | changes), encoding="utf-8")
+    return path
+
+
+def test_recipes_as_table_picture_and_verdict(monkeypatch, capsys, tmp_path):
+    slow = {"reference": [(50.0, 4.0), (100.0, 3.0)], "accumulation 8": [(100.0, 3.5)]}
+    first = recipe_report(tmp_path / "a.json", slow)
+    second = recipe_report(tmp_path / "b.json", {"ours": [(10.0, 3.5), (20.0, 2.5)], "packed": [(20.0, 3.2)]})
+    picture = tmp_path / "new.png"
+    run(plot_recipes, monkeypatch, first, second, "--png", picture)
+    printed = capsys.readouterr().out
+    assert "ours (seed 0) is where the better reference ends after 15 s: 6.7 × faster" in printed
+    assert printed.count("better reference ends") == 1  # packed does not get there
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    run(plot_recipes, monkeypatch, first, second, "--recipes", "packed")
+    assert "ours" not in (printed := capsys.readouterr().out) and "| packed | 20 |" in printed
+    for arguments, message in (
+        ([first, second, "--recipes", "muon"], "hold no run of muon"),
+        ([first, recipe_report(tmp_path / "c.json", slow, file="other.jsonl")], "mix stages, data or machines"),
+        ([tmp_path / "none.json"], "there is no such file"),
+        ([recipe_report(tmp_path / "d.json", slow, results=[{"recipe": "x"}])], "no report of bench_recipe.py"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(plot_recipes, monkeypatch, *arguments)
 
 
 def test_seconds_to_a_figure_lie_on_the_line_between_two_points():

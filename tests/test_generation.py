@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from model import generation
-from model.decode_step import fast_dtype, lossless_16_bit
+from model.decode_step import fast_dtype, lossless_16_bit, turn
 from model.generation import Decoder, Request, Sampler, Sampling, draw, penalised, ranked, stop_ids, stream_generate
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, apply_rotary, rotary_tables
 from model.weights import WeightsError, load_tokenizer
 
 EOS = 2
@@ -348,6 +348,29 @@ def test_refresh_takes_over_new_weights_and_adapters():
     assert newest == generated(model, PROMPTS[0], 10, eos_token_id=None) != new
 
 
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "model.norm", "embed_tokens"])
+def test_refresh_takes_over_each_kind_of_small_weight(name):
+    model, sampling = tiny_model(), Sampling(temperature=0, max_new_tokens=10)
+    decoder = Decoder(model, 1, 64)
+    old = decoder.generate(PROMPTS[:1], sampling)[0].tokens
+    with torch.no_grad():
+        for full_name, weight in model.named_parameters():
+            if name in full_name:
+                weight.mul_(1 + torch.rand_like(weight) * 3)
+    decoder.refresh()
+    new = decoder.generate(PROMPTS[:1], sampling)[0].tokens
+    assert new == generated(model, PROMPTS[0], 10, eos_token_id=None) != old
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}])
+def test_turning_with_signed_sines_is_the_rotary_embedding(scaling):
+    step = Decoder(tiny_model(rope_scaling=scaling), 1, 200).model
+    positions = torch.tensor([[0, 5, 199]])
+    x = torch.randn(1, 3, 6, 8).transpose(1, 2)  # (1, heads, T, C), not contiguous
+    turned = turn(x, step.cos[positions][:, None], step.sin[positions][:, None])
+    assert torch.equal(turned, apply_rotary(x, *rotary_tables(step.model.config, positions)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_arithmetic(dtype):
     half, full = tiny_model().to(dtype), tiny_model().to(dtype).float()
@@ -404,6 +427,39 @@ def test_the_compiled_step_gives_the_same_tokens(options):
         for m, d in ((model, decoder), (other, Decoder(other, 1, 300, compile=True))):
             (request,) = d.generate(PROMPTS[:1], sampling)
             assert request.tokens == generated(m, PROMPTS[0], 12, eos_token_id=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"use_moe": True, "intermediate_size": 64}], ids=["dense", "moe"])
+def test_the_compiled_step_of_a_bfloat16_model(options):
+    """One row: float32 between bfloat16 weights and cache, closer to float32 than bfloat16 throughout. One copy."""
+    model, full = tiny_model(**options).bfloat16(), tiny_model(**options).bfloat16().float()
+    sampling = Sampling(temperature=0, max_new_tokens=16, logps=True)
+
+    def error(decoder: Decoder) -> float:
+        (request,) = decoder.generate(PROMPTS[:1], sampling)
+        expected = logps_of(full, request).gather(1, torch.tensor(request.tokens)[:, None])[:, 0]
+        return (torch.tensor(request.logps) - expected)[1:].abs().mean().item()  # the first comes from the prompt
+
+    decoder = Decoder(model, 1, 64, dtype=torch.bfloat16, compile=True)
+    step = decoder.model
+    assert step.keys[0].dtype == step.kinds.qkv.narrow.dtype == torch.bfloat16 and step.kinds.qkv.wide is None
+    assert error(decoder) < error(Decoder(model, 1, 64, dtype=torch.bfloat16)) / 2
+    assert step.decode([5], [20], 64).dtype == torch.float32
+    several = Decoder(model, 3, 64, dtype=torch.bfloat16, compile=True)
+    assert several.model.kinds.qkv.wide is None and several.model.head.narrow.dtype == torch.bfloat16
+    if not options:
+        for request in several.generate(PROMPTS[:3], sampling):
+            expected = logps_of(full, request).gather(1, torch.tensor(request.tokens)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(request.logps), expected, atol=1.5, rtol=0.1)
+
+        run, memory = step.run, step.kinds.qkv.narrow.data_ptr()
+        decoder.refresh()
+        assert step.run is run and step.kinds.qkv.narrow.data_ptr() == memory
+        model.float()  # the same values: the narrow copies stay bfloat16, but the embedding is read in another width
+        decoder.refresh()
+        assert step.run is not run
+        assert error(decoder) < error(Decoder(model, 1, 64, dtype=torch.bfloat16)) / 2
 
 
 # --- One text as a stream ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from tokenizers import AddedToken
 from dataset import json_lines, packing, record_formats
 from dataset import lm_dataset as lm
 from dataset import token_cache as tc
+from dataset.cache_folder import build_folder, scratch_folder, write_meta
 from dataset.lm_dataset import (
     IGNORE,
     DataError,
@@ -905,6 +906,19 @@ def alive_in_group(group: int) -> list[int]:
             if int(pgrp) == group and state != "Z":
                 alive.append(int(stat.parent.name))
     return alive
+
+
+def test_scratch_has_a_short_name_and_leaves_nothing(tmp_path):
+    """`datasets` doubles its path, and Windows ends paths at 260 characters."""
+    (tmp_path / "locks").mkdir()
+    with pytest.raises(KeyError), scratch_folder(tmp_path) as scratch:
+        assert scratch.is_dir() and len(scratch.name) <= 17
+        with build_folder(tmp_path / "other", tmp_path, "testing") as folder:  # clears up, but not what is in use
+            write_meta(folder, {})
+        assert scratch.is_dir()
+        raise KeyError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["locks", "other"]
+    assert [p.name for p in (tmp_path / "locks").iterdir()] == ["other.lock"]
 
 
 @pytest.mark.slow

@@ -176,6 +176,19 @@ def test_zero_cuts_what_steps_on_the_weights(monkeypatch, tmp_path):
     assert fixed[3] == (-3 * trained, 3 * trained, 1 * trained)
 
 
+def test_a_missing_compiler_is_one_line(capsys):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def main():
+        raise InvalidCxxCompiler
+
+    with pytest.raises(SystemExit) as left:
+        run_script(main)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "error: --compile cannot work here (No working C++ compiler found" in error and error.count("\n") == 1
+
+
 def test_out_of_memory_says_which_flags_help(capsys):
     def main():
         torch.empty(2**52)

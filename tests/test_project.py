@@ -56,12 +56,13 @@ def test_test_requirements_hold_what_only_the_tests_import():
     assert set(pins) - set(read_pins(ROOT / "requirements.txt")) - tools == only_here
 
 
-def test_pins_follow_the_python_version(tmp_path):
+def test_pins_follow_the_python_version_and_the_system(tmp_path):
     (tmp_path / "base.txt").write_text("a==1\n")
     other = sys.version_info[1] + 1
     text = f'-r base.txt\n# note\nb==2; python_version < "3.{other}"\nb==3; python_version >= "3.{other}"\n'
+    text += f'c==4; sys_platform == "{sys.platform}"\nd==5; sys_platform == "plan9"\n'
     (tmp_path / "more.txt").write_text(text)
-    assert read_pins(tmp_path / "more.txt") == {"a": "1", "b": "2"}
+    assert read_pins(tmp_path / "more.txt") == {"a": "1", "b": "2", "c": "4"}
 
 
 def test_environment_is_reused_when_the_pins_are_installed():

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from scripts import train_tokenizer as script
+from scripts.tokenizing import byte_pairs, files
+from scripts.tokenizing import corpus as reading
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "model"
@@ -75,7 +77,7 @@ def test_form_that_llama_cpp_knows():
 def test_config_is_what_the_script_writes():
     """The shipped template is the one of the script: a change to one needs the other."""
     config = json.loads((MODEL / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert config == script.tokenizer_config()
+    assert config == files.tokenizer_config()
 
 
 def test_nothing_is_added_to_a_text(tokenizer):
@@ -448,7 +450,7 @@ def test_report_is_right(corpus, tmp_path, capsys):
     }
     for n_bytes, n_tokens, ratio in rows.values():
         assert ratio == pytest.approx(n_bytes / n_tokens, abs=5e-4)
-    held_out = [r for r in script.read_records(corpus, "") if r.draw < 0.2]
+    held_out = [r for r in reading.read_records(corpus, "") if r.draw < 0.2]
     assert 0.1 < len(held_out) / 600 < 0.3
     chats = ["".join(r.parts) for r in held_out if r.group == "zh_chat"]
     assert rows["zh chat"][0] == sum(len(text.encode("utf-8")) for text in chats)
@@ -464,8 +466,8 @@ def test_report_is_right(corpus, tmp_path, capsys):
 
 def test_same_input_same_files(corpus, tmp_path):
     """Whatever the hash seed, and in whatever order the files are named."""
-    for name, files, seed in (("a", corpus, "1"), ("b", corpus, "2"), ("c", corpus[::-1], "3")):
-        done = command("--data", *files, "--vocab_size", 380, "--out_dir", tmp_path / name, PYTHONHASHSEED=seed)
+    for name, paths, seed in (("a", corpus, "1"), ("b", corpus, "2"), ("c", corpus[::-1], "3")):
+        done = command("--data", *paths, "--vocab_size", 380, "--out_dir", tmp_path / name, PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
     for file in ("tokenizer.json", "tokenizer_config.json"):
         first, *others = [(tmp_path / name / file).read_bytes() for name in "abc"]
@@ -473,41 +475,41 @@ def test_same_input_same_files(corpus, tmp_path):
 
 
 def test_held_out_records_are_not_trained_on(corpus):
-    trained_on = script.read_corpus(corpus, held_out=0.3, max_mb=0)
-    everything = script.read_corpus(corpus, held_out=0, max_mb=0)
+    trained_on = reading.read_corpus(corpus, held_out=0.3, max_mb=0)
+    everything = reading.read_corpus(corpus, held_out=0, max_mb=0)
     assert not everything.held_out
-    for group in script.GROUPS:
+    for group in reading.GROUPS:
         kept = sum(r.n_bytes for r in trained_on.held_out if r.group == group)
         assert 0 < kept < everything.n_bytes[group]
         assert kept + trained_on.n_bytes[group] == everything.n_bytes[group]
 
 
 def test_max_mb_samples_each_group(corpus):
-    everything = script.read_corpus(corpus, held_out=0.1, max_mb=0)
+    everything = reading.read_corpus(corpus, held_out=0.1, max_mb=0)
     limit = everything.n_bytes["zh_text"] / 2
-    sampled = script.read_corpus(corpus, held_out=0.1, max_mb=limit / 1e6)
+    sampled = reading.read_corpus(corpus, held_out=0.1, max_mb=limit / 1e6)
     assert sampled.held_out == everything.held_out
     assert 0.35 < sampled.n_bytes["zh_text"] / everything.n_bytes["zh_text"] < 0.65
     assert sampled.n_bytes["en_chat"] == everything.n_bytes["en_chat"]  # smaller than the limit: untouched
 
 
 def test_shares_are_shares_of_the_weighted_bytes(corpus):
-    read = script.read_corpus(corpus, held_out=0, max_mb=0)
+    read = reading.read_corpus(corpus, held_out=0, max_mb=0)
     shares = {"zh_text": 1.0, "en_text": 2.0, "zh_chat": 3.0, "en_chat": 4.0}
-    weights, _ = script.word_weights(read, shares)
+    weights, _ = reading.word_weights(read, shares)
     weighted = Counter()
     for word, weight in weights.items():
-        weighted[script.language(word) if word.strip(" 。.？?") else "none"] += weight * len(word.encode("utf-8"))
+        weighted[reading.language(word) if word.strip(" 。.？?") else "none"] += weight * len(word.encode("utf-8"))
     assert weighted["zh"] / (weighted["zh"] + weighted["en"]) == pytest.approx(0.4, abs=0.03)
 
 
 def test_shares_move_tokens_between_the_languages(corpus):
-    read = script.read_corpus(corpus, held_out=0, max_mb=0)
+    read = reading.read_corpus(corpus, held_out=0, max_mb=0)
 
     def han(zh: float, en: float) -> int:
         shares = {"zh_text": zh, "zh_chat": zh, "en_text": en, "en_chat": en}
         tokens = [t for t in script.train(read, shares, 330).get_vocab() if t not in CONTROLS + TAGS]
-        return sum(bool(script.HAN.search(script.token_bytes(t).decode("utf-8", "ignore"))) for t in tokens)
+        return sum(bool(reading.HAN.search(byte_pairs.token_bytes(t).decode("utf-8", "ignore"))) for t in tokens)
 
     assert han(0, 1) == 0
     assert han(0.1, 0.9) < han(0.5, 0.5) < han(0.9, 0.1)
@@ -518,7 +520,7 @@ def test_repeated_long_lines_count_once(tmp_path):
     path = tmp_path / "x.jsonl"
     records = [{"text": f"{boiler}\nstory {word}"} for word in EN_WORDS]
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    words = script.read_corpus([path], held_out=0, max_mb=0).words["en_text"]
+    words = reading.read_corpus([path], held_out=0, max_mb=0).words["en_text"]
     assert words[" reserved"] == 1
     assert words["story"] == len(EN_WORDS)  # short lines are language, not boilerplate
 
@@ -530,7 +532,7 @@ def test_merges_are_the_heaviest_at_each_step(seed):
     weights = {
         "".join(rng.choices("abcab猫狗鱼é😀", k=rng.randint(1, 9))): rng.randint(1, 50) for _ in range(120)
     }
-    merges = script.learn_merges(weights, n_tokens=60, min_weight=1)
+    merges = byte_pairs.learn_merges(weights, n_tokens=60, min_weight=1)
     assert len({left + right for left, right in merges}) == 60
     words = {word: [c.encode("utf-8") for c in word] for word in weights}
     single = Counter()
@@ -565,10 +567,10 @@ def test_merges_are_the_heaviest_at_each_step(seed):
 
 def test_the_library_applies_the_merges_as_they_were_learnt(corpus):
     """A word of the training text becomes the symbols that training left it with."""
-    read = script.read_corpus(corpus, held_out=0, max_mb=0)
-    weights, _ = script.word_weights(read, script.SHARES)
-    merges = script.learn_merges(weights, 90, min_weight=1)
-    tokenizer = script.build_tokenizer(merges)
+    read = reading.read_corpus(corpus, held_out=0, max_mb=0)
+    weights, _ = reading.word_weights(read, reading.SHARES)
+    merges = byte_pairs.learn_merges(weights, 90, min_weight=1)
+    tokenizer = files.build_tokenizer(merges)
     for word in list(weights)[:300]:
         parts = [bytes([b]) for b in word.encode("utf-8")]
         for pair in merges:
@@ -579,23 +581,23 @@ def test_the_library_applies_the_merges_as_they_were_learnt(corpus):
                 else:
                     merged.append(part)
             parts = merged
-        assert [script.token_bytes(t) for t in tokenizer.encode(word).tokens] == parts
+        assert [byte_pairs.token_bytes(t) for t in tokenizer.encode(word).tokens] == parts
 
 
 def test_language():
-    assert script.language("今天 is Monday") == "en"
-    assert script.language("今天是星期一 OK") == "zh"
-    assert script.language("123 !?") == "en"
-    assert script.language("𠮷野家") == "zh"
+    assert reading.language("今天 is Monday") == "en"
+    assert reading.language("今天是星期一 OK") == "zh"
+    assert reading.language("123 !?") == "en"
+    assert reading.language("𠮷野家") == "zh"
 
 
 def test_broken_escapes_and_other_fields():
-    record = script.parse_record('{"text": "a\\ud83d"}', "f")
+    record = reading.parse_record('{"text": "a\\ud83d"}', "f")
     assert record.parts == ("a\ufffd",)
     turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "", "tool_calls": "[1]"}]
-    record = script.parse_record(json.dumps({"conversations": turns}), "f")
-    assert record == script.Record("f", "zh_chat", ("你好", "[1]"))
-    assert script.parse_record('{"text": ""}', "f") is None
+    record = reading.parse_record(json.dumps({"conversations": turns}), "f")
+    assert record == reading.Record("f", "zh_chat", ("你好", "[1]"))
+    assert reading.parse_record('{"text": ""}', "f") is None
 
 
 @pytest.mark.parametrize("content, reason", [
@@ -658,33 +660,33 @@ def test_a_folder_that_cannot_be_written(corpus, tmp_path, capsys):
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
-    tokenizer = script.build_tokenizer([(b"a", b"b")])
-    paths = script.save_tokenizer(tokenizer, tmp_path)
+    tokenizer = files.build_tokenizer([(b"a", b"b")])
+    paths = files.save_tokenizer(tokenizer, tmp_path)
     before = [path.read_bytes() for path in paths]
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        script.save_tokenizer(script.build_tokenizer([(b"x", b"y")]), tmp_path)
+        files.save_tokenizer(files.build_tokenizer([(b"x", b"y")]), tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert [path.read_bytes() for path in paths] == before
 
 
 def test_default_data(tmp_path, monkeypatch):
     """Corpora in dataset/ come first, files of other formats are passed over, the demo data is the last resort."""
-    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(reading, "ROOT", tmp_path)
     (tmp_path / "dataset").mkdir()
     made = {"pretrain": tmp_path / "p.jsonl", "sft": tmp_path / "s.jsonl", "dpo": tmp_path / "d.jsonl"}
     from dataset import make_demo_data
 
     monkeypatch.setattr(make_demo_data, "generate", lambda: made)
     (tmp_path / "dataset" / "dpo.jsonl").write_text('{"chosen": [], "rejected": []}\n', encoding="utf-8")
-    assert script.find_data() == [made["pretrain"], made["sft"]]
+    assert reading.find_data() == [made["pretrain"], made["sft"]]
     for name, line in (("sft_512", '{"conversations": []}'), ("pretrain_hq", '{"text": "a"}')):
         (tmp_path / "dataset" / f"{name}.jsonl").write_text(line + "\n", encoding="utf-8")
-    assert [path.stem for path in script.find_data()] == ["pretrain_hq", "sft_512"]
+    assert [path.stem for path in reading.find_data()] == ["pretrain_hq", "sft_512"]
 
 
 def test_measure_needs_a_tokenizer(corpus, tmp_path, capsys):

@@ -9,18 +9,19 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_model import BOTH, TINY, V, close, ids, same_model, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import weights
+from model import files, weights
+from model.files import as_typed, atomic_open, replace_file
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     STAGES,
     WeightsError,
-    atomic_open,
     find_weights,
     load_model,
     read_about,
@@ -28,6 +29,40 @@ from model.weights import (
     save_weights,
     weight_path,
 )
+
+
+def test_windows_is_asked_again_while_somebody_reads_the_file(tmp_path, monkeypatch):
+    """A reader that lets go after three tries, and one that never does."""
+    source, target = tmp_path / "new", tmp_path / "old"
+    source.write_text("new")
+    tries, replace = [], os.replace
+
+    def refused(*paths):
+        tries.append(paths)
+        if len(tries) < refusals:
+            raise PermissionError(errno.EACCES, "in use")
+        replace(*paths)
+
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt", replace=refused))
+    refusals = 4
+    replace_file(source, target)
+    assert target.read_text() == "new" and len(tries) == 4
+    refusals = math.inf
+    with pytest.raises(PermissionError, match="in use"):
+        replace_file(target, source)
+    tries.clear()
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="posix", replace=refused))
+    with pytest.raises(PermissionError):
+        replace_file(target, source)
+    assert len(tries) == 1  # elsewhere a refusal is one
+
+
+def test_a_path_is_quoted_as_the_system_types_it(monkeypatch):
+    assert as_typed("a b/c.jsonl") == "'a b/c.jsonl'" and as_typed(Path("c.jsonl")) == "c.jsonl"
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
+    assert as_typed(r"C:\my data\c.jsonl") == r'"C:\my data\c.jsonl"' and as_typed(r"C:\c.jsonl") == r"C:\c.jsonl"
 
 
 def names(folder: Path) -> list[str]:

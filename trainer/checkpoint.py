@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
+from model.files import atomic_open, replace_file
 from model.model_lora import LoraConfig, lora_state_dict, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     STAGES,
     WeightsError,
-    atomic_open,
     find_weights,
     load_model,
     load_tokenizer,
@@ -233,7 +233,7 @@ def start_folder(folder: Path, weights: Path) -> None:
     elif any(folder.glob("step_*.json")):
         if previous.exists():
             shutil.rmtree(previous)
-        folder.rename(previous)
+        replace_file(folder, previous)
         for path in (weights, weights.with_suffix(".json")):  # copied: until the new run saves, the chat needs them
             if path.is_file():
                 shutil.copy2(path, previous)

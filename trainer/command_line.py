@@ -10,8 +10,8 @@ import errno
 import math
 import os
 import re
+import secrets
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +53,10 @@ def run_script(main: Callable[[], None]) -> None:
         if is_out_of_memory(error):
             print(f"error: the device is out of memory. {LESS_MEMORY}.", file=sys.stderr, flush=True)
             leave(2)
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "ompiler" in str(error):
+            reason = next(line for line in str(error).splitlines() if "ompiler" in line)
+            print(f"error: --compile cannot work here ({reason}); leave it out.", file=sys.stderr, flush=True)
+            leave(2)
         if not in_a_group():
             raise
         print(f"error on rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
@@ -91,7 +95,9 @@ def check_writable(folder: str | Path, flag: str) -> None:
     """Makes the folder and tries it, now and not after an hour of work.  Raises: UserError naming the flag."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        trial = Path(folder) / f".{secrets.token_hex(6)}.tmp"  # tempfile would try names for ever on Windows
+        trial.touch(exist_ok=False)
+        trial.unlink()
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror})"
         raise UserError(f"{flag}: {reason}; name a folder you may write to.") from error

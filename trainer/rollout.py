@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dataset.lm_dataset import IGNORE
 from dataset.packing import pack_best_fit
 from dataset.stage_datasets import PromptDataset
+from model.files import atomic_open
 from model.generation import Decoder, Sampling, stop_ids
-from model.weights import atomic_open
 from trainer.command_line import UserError
 from trainer.rewards import Reward, score
 from trainer.trainer_utils import Run, load_splits

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from model.weights import atomic_open
+from model.files import atomic_open
 from trainer.checkpoint import Keeper
 from trainer.trainer_utils import Run
 

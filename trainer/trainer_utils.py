@@ -13,7 +13,6 @@ import functools
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
 import sys
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.stage_datasets import MixedDataset
 from model.decode_step import fast_dtype
+from model.files import as_typed
 from model.model_minimind import MOEFeedForward, grouped_mm_works
 from trainer import memory, zero
 from trainer.chunked_nll import compiled_piece
@@ -59,7 +59,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     data.add_argument("--val_ratio", type=amount, default=0.01, help="share of the records held out for validation")
     data.add_argument("--skip_bad_records", action=BoolFlag, default=False, help="count malformed lines, do not stop")
     data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache")
-    data.add_argument("--num_workers", type=natural, help="processes that read rows; default 2 on CUDA, else 0")
+    data.add_argument("--num_workers", type=natural, help="processes that read rows; default 2 on CUDA but not Windows")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=count, help="passes over the data")
     rows = "rows per micro-batch on each device, for example 32; default fitted to the data, at most 32 (on a CPU 8)"
@@ -134,7 +134,8 @@ class Run:
         self.dtype = DTYPES[dtype] if dtype != "auto" else best_dtype(self.device)
         if self.world_size > 1:
             # Counts are summed between the hosts, by gloo: nccl would wait for all that the device has in hand.
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            nccl = self.device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=rank_timeout))
             self.patient = dist.new_group(timeout=timedelta(hours=4))  # while rank 0 tokenises a large file
         # float16 starts with a scale that overflows a few times until it fits
@@ -366,7 +367,7 @@ def plan_updates(args: argparse.Namespace, rows: int, run: Run) -> None:
     if rows == 0:
         raise UserError(
             f"{args.data_path}: nothing to train on. Every record is longer than --max_seq_len {args.max_seq_len} "
-            f"before its first answer, or held out; see `python dataset/check_data.py {shlex.quote(args.data_path)}`."
+            f"before its first answer, or held out; see `python dataset/check_data.py {as_typed(args.data_path)}`."
         )
     wanted = fitted_rows(args.epochs * rows * args.max_seq_len, args.max_steps, args.max_seq_len)  # over all ranks
     if args.batch_size is None:
@@ -527,12 +528,13 @@ def read_updates(
 
     The micro-batches are on the device, the counts on the host: asking the device for them would let it run dry.
     """
-    workers = num_workers if num_workers is not None else (2 if device.type == "cuda" else 0)
+    if num_workers is None:  # on Windows each would import torch anew in every epoch
+        num_workers = 2 if device.type == "cuda" and sys.platform != "win32" else 0
     loader = DataLoader(
         dataset,
         batch_sampler=order,
         collate_fn=dataset.collate,
-        num_workers=workers,
+        num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own, so that reading leaves the random numbers of the run alone

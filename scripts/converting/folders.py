@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from model.files import replace_file
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, WeightsError, load_model, load_tokenizer, read_about, read_state_dict
 from scripts.converting.stock_architectures import from_stock, read_stock_config
@@ -86,16 +87,16 @@ def new_place(target: Path, overwrite: bool, keep: tuple[Path, ...] = ()) -> Ite
                     os.fsync(file.fileno())
         if single:
             for path in sorted(part.iterdir()):  # the JSON before the weights
-                os.replace(path, target.with_name(path.name))
+                replace_file(path, target.with_name(path.name))
         else:
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             if target.exists():
-                os.replace(target, old)
+                replace_file(target, old)
             try:
-                os.replace(part, target)
+                replace_file(part, target)
             except OSError:
                 if old.exists():
-                    os.replace(old, target)
+                    replace_file(old, target)
                 raise
             shutil.rmtree(old, ignore_errors=True)
     except BadExport as error:

@@ -246,7 +246,8 @@ def run_child(
             **os.environ, "HF_MODULES_CACHE": str(Path(folder) / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1",
             "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }  # fmt: skip
-        command = [sys.executable, "-I", "-c", code, *map(str, arguments), str(given), str(words), str(saved)]
+        python = [sys.executable, "-I", "-X", "utf8"]
+        command = [*python, "-c", code, *map(str, arguments), str(given), str(words), str(saved)]
         try:
             done = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, timeout=CHILD_SECONDS, encoding="utf-8",

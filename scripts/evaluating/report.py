@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.weights import atomic_open
+from model.files import atomic_open
 from scripts.evaluating.long_context import WAYS
 from scripts.evaluating.multiple_choice import MEASURES
 from trainer.command_line import UserError

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from model.files import replace_file
 from scripts.fetching.hubs import Hub, RemoteFile, client
 from trainer.command_line import UserError
 
@@ -162,4 +163,4 @@ def fetch(hub: Hub, repo: str, kind: str, file: RemoteFile, target: Path) -> Non
                 f"{file.path} has arrived with the checksum {came}, expected {file.checksum}: it is damaged or of "
                 "another version and was thrown away. Run the command again, or name another --source."
             )
-        os.replace(part, target)
+        replace_file(part, target)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.check_data import language_of
-from model.weights import atomic_open
+from model.files import atomic_open
 from scripts.preparing.cleaning import texts
 
 SHOWN = 160  # characters of an example
