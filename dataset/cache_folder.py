@@ -131,14 +131,14 @@ def scratch_folder(cache_dir: Path) -> Iterator[Path]:
     name = secrets.token_hex(3)
     lock = FileLock(cache_dir / "locks" / f"{name}.lock")
     folder = cache_dir / f"{name}.building-a"
-    with lock:
-        folder.mkdir()
-        try:
+    try:
+        with lock:
+            folder.mkdir()
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
 
 
 def _fsync(path: Path) -> None:

@@ -130,7 +130,7 @@ def test_recipes_run_one_by_one_into_table_and_json(monkeypatch, capsys, tmp_pat
         assert result["updates"] == 1
         assert result["tokens_per_second"] * point["seconds"] == pytest.approx(result["tokens"])
     printed = capsys.readouterr().out
-    assert printed.count("| ours | 0.01 |") == 2 and "is where the better reference ends after" in printed
+    assert printed.count("| ours | 0.01 |") == 2  # once as it ends, once in the table
 
 
 def test_a_recipe_learns_to_its_schedule(monkeypatch, tmp_path):

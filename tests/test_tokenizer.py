@@ -667,7 +667,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(files, "replace_file", full)
     with pytest.raises(OSError, match="No space left"):
         files.save_tokenizer(files.build_tokenizer([(b"x", b"y")]), tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(paths)

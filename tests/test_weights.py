@@ -16,7 +16,7 @@ import torch
 from test_model import BOTH, TINY, V, close, ids, same_model, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import files, weights
+from model import files
 from model.files import as_typed, atomic_open, replace_file
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
@@ -386,7 +386,7 @@ def test_full_disk_leaves_the_old_files(full, room, tmp_path, monkeypatch):
         return FullDisk(opened, min(room, 50 if full == ".json" else room)) if full in str(file) else opened
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "open", open_on_full_disk, raising=False)
+        patch.setattr(files, "open", open_on_full_disk, raising=False)
         with pytest.raises(OSError) as caught:
             save_weights(tiny(seed=1, num_hidden_layers=3), path, {"step": 2})
     assert caught.value.errno == errno.ENOSPC
