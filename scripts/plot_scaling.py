@@ -168,7 +168,7 @@ def draw(rows: list[dict], coefficients: np.ndarray, path: Path) -> None:
         held = points[0]
         fixed = {
             "parameters": f"{held['batch_size']} × {held['seq_len']} tokens",
-            "seq_len": f"{held['parameters'] / 1e6:.1f}M, {held['batch_size']} rows",
+            "seq_len": f"{held['parameters'] / 1e6:.1f}M, {held['batch_size']} row{'s' * (held['batch_size'] > 1)}",
             "batch_size": f"{held['parameters'] / 1e6:.1f}M, rows of {held['seq_len']}",
         }[name]
         axes.set(xscale="log", yscale="log", xlabel=label, title=fixed)
