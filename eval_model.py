@@ -364,7 +364,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = add_weight_flags(parser)
     add("--lora_name", metavar="NAME", help="adapter to apply, OUT_DIR/lora/NAME_512.pth (none)")
-    add("--compile", action=BoolFlag, default=False, help="wait a minute, then chat at up to twice the speed (off)")
+    add("--compile", action=BoolFlag, default=False, help="wait a minute, then chat at twice the speed (off)")
 
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument

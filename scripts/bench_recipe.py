@@ -16,8 +16,11 @@ Dimension legend: B batch · T tokens.
 import argparse
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,7 +82,7 @@ START = replace(PLUMBING, our_start=True)
 SCHEDULE = replace(START, warmup=0.02, learning_rate=None, weight_decay=0.1)
 SMALL = replace(SCHEDULE, batch_size=8)
 MUON = replace(SMALL, optimizer="muon")
-OURS = replace(MUON, batch_size=4)  # what `fitted_rows` gives for the half a million tokens of 150 seconds on a CPU
+OURS = replace(MUON, batch_size=4)  # what `fitted_rows` gives for half a million tokens; --our_rows for more
 RECIPES = {
     "reference": REFERENCE,
     "accumulation 8": replace(REFERENCE, accumulation=8),
@@ -145,9 +148,9 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
     dtype = "auto" if recipe.plumbing or utils.find_device(args.device).type == "cuda" else "float32"
     run = utils.Run(args.device, dtype, seed, keep_memory=recipe.plumbing)
     tokenizer = load_tokenizer(args.tokenizer)
-    common = {"cache_dir": args.cache_dir, "seed": seed, "show_progress": False}
-    data = DATASETS[args.stage](args.file, tokenizer, recipe.max_seq_len, **common)
-    held_out = DATASETS[args.stage](args.file, tokenizer, args.max_seq_len, split="val", **common)
+    common = {"cache_dir": args.cache_dir, "show_progress": False}
+    data = DATASETS[args.stage](args.file, tokenizer, recipe.max_seq_len, seed=seed, **common)
+    held_out = DATASETS[args.stage](args.file, tokenizer, args.max_seq_len, split="val", seed=0, **common)  # same rows
     if not len(data) or not len(held_out):
         raise UserError(f"{args.file}: nothing to train on or to hold out.")
     rows = data if recipe.packed else PaddedRows(data)
@@ -274,7 +277,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which to run, in order")
     parser.add_argument("--seconds", type=positive, default=150.0, help="training time of each recipe")
     parser.add_argument("--reference_seconds", type=positive, help="of the reference; default as the others")
-    parser.add_argument("--our_rows", type=count, help="per update in 'ours'; default 4, right for 150 s on a CPU")
+    parser.add_argument("--our_rows", type=count, help="per update in 'ours'; default 4, for half a million tokens")
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0], help="one run for each")
     parser.add_argument("--hidden_size", type=count, default=256, help="width")
     parser.add_argument("--num_hidden_layers", type=count, default=4, help="depth")
@@ -303,14 +306,19 @@ def main() -> None:
             slow = args.reference_seconds if name in REFERENCES else None
             case = {"recipe": name, "budget_seconds": slow or args.seconds, "seed": seed}
             command = [sys.executable, __file__, *sys.argv[1:], "--case", json.dumps(case)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
+            with tempfile.TemporaryDirectory() as compiled:  # empty: each run pays for its compilation
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled}
+                done = subprocess.run(
+                    command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+                )
             if done.returncode:
                 raise UserError(f"recipe {name!r} failed; see the lines above.")
             results.append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(table(results[-1:], METRIC[args.stage]).splitlines()[-1], flush=True)
             if args.json:  # after each run: hours may lie before the last
                 with atomic_open(args.json, "w") as f:
-                    command = " ".join(sys.argv[1:]).replace(str(args.file), args.file.name)
+                    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+                    command = shlex.join(words)
                     report = {**machine(args.device), "stage": args.stage, "file": args.file.name, "command": command}
                     json.dump(report | {"results": results}, f, indent=1)
     print("\n" + table(results, METRIC[args.stage]), *verdicts(results, METRIC[args.stage]), sep="\n")

@@ -9,7 +9,8 @@ has to end with exactly the weights of the undisturbed one, or has to be refused
     python scripts/fault_tests.py --kills 4 --only kill truncated
     python scripts/fault_tests.py --json scripts/bench/results/faults.json
 
-Full disk and read-only folder need Linux with user namespaces (`unshare`); elsewhere they are left out and said so.
+Full disk and read-only folder need Linux with user namespaces (`unshare`); elsewhere they are left out and
+said so, on Windows SIGTERM too.
 
 中文：故意制造各种故障（kill -9、断电式截断、磁盘满、NaN 等），检查续训后权重与未受干扰的训练逐位相同。
 """

@@ -29,22 +29,22 @@ LABELS = {"val_bpb": "held-out bits per byte", "val_loss": "held-out loss, nats 
 
 def read_results(paths: list[Path]) -> tuple[str, list[dict]]:
     """The stage and all runs of these files.  Raises: UserError on anything that is no such report, or a mixture."""
-    kinds, results = set(), []
+    kinds, results = set(), {}
     for path in paths:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             stage = report["stage"]
             kinds.add((stage, report["file"], report["device"], report["threads"]))
             for run in report["results"]:
-                run["recipe"], run["budget_seconds"], run["curve"][-1][METRIC[stage]]  # must be there
-                results.append(run)
+                run["updates"], run["tokens_per_second"], run["curve"][-1][METRIC[stage]]  # must be there
+                results[run["recipe"], run["budget_seconds"], run["seed"]] = run
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such file; make one with scripts/bench_recipe.py --json.") from None
         except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: no report of bench_recipe.py ({type(error).__name__}: {error}).") from None
     if len(kinds) != 1 or not results:
         raise UserError(f"these files mix stages, data or machines, or hold no run: {sorted(kinds)}.")
-    return kinds.pop()[0], results
+    return kinds.pop()[0], list(results.values())
 
 
 def draw(results: list[dict], name: str, path: Path) -> None:
@@ -57,8 +57,9 @@ def draw(results: list[dict], name: str, path: Path) -> None:
     picture, axes = plt.subplots(figsize=(8, 4.6), dpi=120)
     colours = plt.get_cmap("tab10")
     ends = []
-    for i, recipe in enumerate(dict.fromkeys(run["recipe"] for run in results)):
-        curves = [run["curve"] for run in results if run["recipe"] == recipe]
+    for i, kind in enumerate(dict.fromkeys((run["recipe"], run["budget_seconds"]) for run in results)):
+        recipe = kind[0]
+        curves = [run["curve"] for run in results if (run["recipe"], run["budget_seconds"]) == kind]
         points = min(map(len, curves))
         seconds = np.mean([[point["seconds"] for point in curve[:points]] for curve in curves], axis=0)
         values = np.array([[point[name] for point in curve[:points]] for curve in curves])  # (seeds, points)

@@ -177,16 +177,22 @@ def test_zero_cuts_what_steps_on_the_weights(monkeypatch, tmp_path):
 
 
 def test_a_missing_compiler_is_one_line(capsys):
-    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-    def main():
-        raise InvalidCxxCompiler
+    def missing():
+        raise InductorError(InvalidCxxCompiler(), None)  # as torch wraps it
 
     with pytest.raises(SystemExit) as left:
-        run_script(main)
+        run_script(missing)
     assert left.value.code == 2
     error = capsys.readouterr().err
-    assert "error: --compile cannot work here (No working C++ compiler found" in error and error.count("\n") == 1
+    assert "error: compiling cannot work here (No working C++ compiler found" in error and error.count("\n") == 1
+
+    def other():
+        raise InductorError(RuntimeError("see torch.compiler.reset"), None)
+
+    with pytest.raises(InductorError):
+        run_script(other)
 
 
 def test_out_of_memory_says_which_flags_help(capsys):

@@ -219,6 +219,7 @@ def test_a_missing_file_says_what_is_there(tokenizer, tmp_path, here):
         PretrainDataset(tmp_path, tokenizer, 32, **here)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="quoted for another shell")
 def test_the_advice_for_an_array_works(tokenizer, tmp_path, here, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "你好"}, {"text": "b"}], ensure_ascii=False), encoding="utf-8")

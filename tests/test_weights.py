@@ -60,6 +60,7 @@ def test_windows_is_asked_again_while_somebody_reads_the_file(tmp_path, monkeypa
 
 
 def test_a_path_is_quoted_as_the_system_types_it(monkeypatch):
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="posix"))
     assert as_typed("a b/c.jsonl") == "'a b/c.jsonl'" and as_typed(Path("c.jsonl")) == "c.jsonl"
     monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
     assert as_typed(r"C:\my data\c.jsonl") == r'"C:\my data\c.jsonl"' and as_typed(r"C:\c.jsonl") == r"C:\c.jsonl"

@@ -6,6 +6,7 @@ It asks torch only where a script has loaded it: scripts that do without start a
 """
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -25,6 +26,13 @@ LESS_MEMORY = (
     "Less is needed with half the --batch_size and twice the --accumulation_steps (the same update), with "
     "--checkpoint_activations, with a shorter --max_seq_len, or on several cards with --deepspeed "
     "trainer/deepspeed/zero2.json"
+)
+
+
+# What torch.compile says where there is no C++ compiler, no Python.h or no triton
+NO_COMPILER = re.compile(
+    r"No working C\+\+ compiler[^\n]*|Compiler: .* is not found|C\+\+ compile error|Failed to find C compiler[^\n]*"
+    r"|Cannot find a working triton[^\n.]*"
 )
 
 
@@ -53,9 +61,10 @@ def run_script(main: Callable[[], None]) -> None:
         if is_out_of_memory(error):
             print(f"error: the device is out of memory. {LESS_MEMORY}.", file=sys.stderr, flush=True)
             leave(2)
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "ompiler" in str(error):
-            reason = next(line for line in str(error).splitlines() if "ompiler" in line)
-            print(f"error: --compile cannot work here ({reason}); leave it out.", file=sys.stderr, flush=True)
+        found = NO_COMPILER.search(str(error)) if type(error).__module__.startswith("torch.") else None
+        if found and not os.environ.get("MINIMIND_TRACEBACK"):
+            off = "turn it off: --no-compile (--compile 0 in the measuring scripts)"
+            print(f"error: compiling cannot work here ({found[0]}); {off}.", file=sys.stderr, flush=True)
             leave(2)
         if not in_a_group():
             raise
@@ -97,7 +106,8 @@ def check_writable(folder: str | Path, flag: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         trial = Path(folder) / f".{secrets.token_hex(6)}.tmp"  # tempfile would try names for ever on Windows
         trial.touch(exist_ok=False)
-        trial.unlink()
+        with contextlib.suppress(PermissionError):  # Windows: a virus scanner looks at it
+            trial.unlink()
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror})"
         raise UserError(f"{flag}: {reason}; name a folder you may write to.") from error
