@@ -449,6 +449,7 @@ def test_weights_path_decides_the_stage_by_name_or_by_its_json(
 
 def test_transformers_folder(capsys, monkeypatch, model, tokenizer, tokenizer_folder, tmp_path):
     model.save_pretrained(tmp_path / "folder")
+    capsys.readouterr()  # saving imports DeepSpeed where it is installed, which says so on standard output
     common = ("--device", "cpu", "--max_new_tokens", 4, "--prompt", "hi", "--temperature", 0)
     folder = ("--load", 1, "--model_path", tmp_path / "folder")
     with_flag = run_main(capsys, monkeypatch, *common, *folder, "--tokenizer", tokenizer_folder)
