@@ -95,6 +95,7 @@ RECIPES = {
     "ours": OURS,
     "batch ramp": replace(OURS, ramp=(0.5, 1, 2)),
 }
+REFERENCES = ("reference", "accumulation 8")
 
 
 def for_stage(recipe: Recipe, stage: str) -> Recipe:
@@ -102,9 +103,6 @@ def for_stage(recipe: Recipe, stage: str) -> Recipe:
     rows = REFERENCE_ROWS[stage] if recipe.batch_size is None else recipe.batch_size
     rate = OUR_RATE[stage] if recipe.learning_rate is None else recipe.learning_rate
     return replace(recipe, batch_size=rows, learning_rate=rate)
-
-
-REFERENCES = ("reference", "accumulation 8")
 
 
 class PaddedRows(torch.utils.data.Dataset):
