@@ -253,8 +253,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual = True
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Shape: x (B, T, D), mask as `attention_mask_4d` → (B, T, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        looks_ahead: bool = False,
+    ) -> Tensor:
+        """Args: mask as `attention_mask_4d`; looks_ahead: it may allow later tokens.  Shape: x (B, T, D) → (B, T, D)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, C)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, C)
@@ -265,11 +272,12 @@ class Attention(nn.Module):
 
         causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
-        # Trained on a CPU, short rows are 1.2 to 1.6 times faster without the fused kernel (trainer/LOG.md).
-        fused = self.flash and not (self.training and x.device.type == "cpu" and T <= 256)
-        attend = F.scaled_dot_product_attention if fused else plain_attention
+        # Trained on a CPU, rows of up to 1,024 tokens are faster without the fused kernel (trainer/LOG.md).
+        short = self.training and x.device.type == "cpu" and T <= 1024 and cache is None and not looks_ahead
+        attend = attention_in_blocks if short else F.scaled_dot_product_attention
+        attend = attend if self.flash else plain_attention
         # The memory-efficient CUDA kernel takes a mask but knows no GQA: with a mask, key/value heads are repeated.
-        share_kv = mask is None and fused
+        share_kv = mask is None and attend is F.scaled_dot_product_attention
         if not share_kv:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         out = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=share_kv)
@@ -300,6 +308,33 @@ def plain_attention(
     elif attn_mask is not None:
         scores = (scores + attn_mask).clamp(min=lowest)
     return F.dropout(scores.softmax(-1), dropout_p).to(v.dtype) @ v
+
+
+def query_blocks(T: int) -> list[tuple[int, int]]:
+    """Start and end of each block of `attention_in_blocks`: a quarter of the T queries, 128 at least."""
+    size = max(128, -(-T // 4))
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def attention_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`plain_attention` of T tokens among themselves, some queries at a time, with the keys up to the last of them:
+    most of what lies in the future is not calculated.
+
+    Shape: as `plain_attention`, S = T, a mask with all of its T rows.
+    """
+    parts = []
+    for start, end in query_blocks(q.shape[2]):
+        mask = None if attn_mask is None else attn_mask[:, :, start:end, :end]
+        parts.append(plain_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, dropout_p, is_causal))
+    return torch.cat(parts, dim=2)
 
 
 class FeedForward(nn.Module):
@@ -460,10 +495,16 @@ class MiniMindBlock(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, valid: Tensor | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        looks_ahead: bool,
+        valid: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Shape: x (B, T, D) → (B, T, D), balance loss (), load of the experts (E,) or None."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, looks_ahead)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MOEFeedForward):
             h, aux_loss, load = self.mlp(h, valid)
@@ -553,6 +594,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         mask = attention_mask_4d(T, past, slots, x.device, attention_mask, documents, growing)
         padded = attention_mask is not None and attention_mask.ndim == 2
+        looks_ahead = attention_mask is not None and attention_mask.ndim == 4  # it may: it comes from elsewhere
         new = past + torch.arange(T, device=x.device)  # slots of the new tokens
         if position_ids is None and padded:  # a left-padded sequence starts counting at its first real token
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new]
@@ -567,9 +609,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             if output_hidden_states:
                 hidden_states += (x,)
             if self.gradient_checkpointing and self.training:  # keeps x alone, computes the rest again when it is due
-                x, layer_aux, load = self._gradient_checkpointing_func(layer, x, rotary, mask, None, valid)
+                x, layer_aux, load = self._gradient_checkpointing_func(layer, x, rotary, mask, None, looks_ahead, valid)
             else:
-                x, layer_aux, load = layer(x, rotary, mask, past_key_values, valid)
+                x, layer_aux, load = layer(x, rotary, mask, past_key_values, looks_ahead, valid)
             aux_loss = aux_loss + layer_aux
             loads.append(load)
         x = self.norm(x)

@@ -272,7 +272,7 @@ def test_the_reward_model_is_loaded_once_and_scores_batches():
     records = [record(), record(messages=turns)]
     for _ in range(2):
         parts = score(chosen, ["77", "你好"], records)
-        assert parts == {"model:out/reward_512.pth": [2, 3], "answer": [1, 0], "reward": [2, 1.5]}
+        assert parts == {"model:reward_512": [2, 3], "answer": [1, 0], "reward": [2, 1.5]}
     assert loaded == [("out/reward_512.pth", "cuda:1")]
     assert len(seen) == 2
     asked = {"role": "user", "content": "15 + 62?"}
@@ -304,24 +304,29 @@ def test_paths_of_models_become_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("word", "name", "weight"),
+    ("word", "name", "weight", "path"),
     [
-        ("answer", "answer", 1),
-        ("answer:2", "answer", 2),
-        ("format:1e-1", "format", 0.1),
-        ("model:out/reward_192.pth", "model:out/reward_192.pth", 1),
-        ("model:out/reward_192.pth:0.5", "model:out/reward_192.pth", 0.5),
-        ("model:C:\\models\\r.pth", "model:C:\\models\\r.pth", 1),
-        ("model:C:\\models\\r.pth:0.5", "model:C:\\models\\r.pth", 0.5),
-        ("model:C:/models/r.pth:0.5", "model:C:/models/r.pth", 0.5),
-        ("model:out/a:b.pth:1", "model:out/a:b.pth", 1),
+        ("answer", "answer", 1, None),
+        ("answer:2", "answer", 2, None),
+        ("format:1e-1", "format", 0.1, None),
+        ("model:out/reward_192.pth", "model:reward_192", 1, "out/reward_192.pth"),
+        ("model:out/reward_192.pth:0.5", "model:reward_192", 0.5, "out/reward_192.pth"),
+        ("model:C:\\models\\r.pth", "model:r", 1, "C:\\models\\r.pth"),
+        ("model:C:\\models\\r.pth:0.5", "model:r", 0.5, "C:\\models\\r.pth"),
+        ("model:C:/models/r.pth:0.5", "model:r", 0.5, "C:/models/r.pth"),
+        ("model:out/a:b.pth:1", "model:a:b", 1, "out/a:b.pth"),
+        ("model:judges/Qwen2.5-RM/", "model:Qwen2.5-RM", 1, "judges/Qwen2.5-RM/"),
     ],
 )
-def test_words_of_the_command_line(word, name, weight):
+def test_words_of_the_command_line(word, name, weight, path):
     (reward,) = parse_rewards([word])
     assert (reward.name, reward.weight) == (name, weight)
-    if name.startswith("model:"):
-        assert reward.rate.path == name[len("model:") :]
+    assert getattr(reward.rate, "path", None) == path
+
+
+def test_two_reward_models_of_one_file_name_are_told_apart():
+    first, second = parse_rewards(["model:a/r.pth", "model:b/r.pth"])
+    assert (first.name, second.name) == ("model:r", "model:b/r.pth")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +380,7 @@ def test_a_sum_that_overflows_is_an_error():
 
 def test_a_model_that_loses_a_reply_is_an_error():
     chosen = parse_rewards(["model:r.pth"], load_model=lambda path, device: lambda conversations: [1.0])
-    with pytest.raises(UserError, match="model:r.pth gave 1 numbers for 2 replies"):
+    with pytest.raises(UserError, match="model:r gave 1 numbers for 2 replies"):
         score(chosen, ["a", "b"], [record()] * 2)
 
 

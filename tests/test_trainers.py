@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -137,6 +138,17 @@ def finish(process: subprocess.Popen, limit: float = LIMIT_SECONDS) -> Result:
             process.kill()
             process.communicate()
     return Result(process.returncode, out, err)
+
+
+def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
+    path = run_folder(out_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and path.read_text(encoding="utf-8").count('"loss"') >= step:
+            return
+        time.sleep(0.002)
+    process.kill()
+    pytest.fail(f"no update {step}: {process.communicate()[1]}")
 
 
 def torchrun(script: ModuleType | Path, arguments: list[str], limit: float = LIMIT_SECONDS) -> Result:
@@ -484,13 +496,23 @@ def test_later_stages_inherit_the_tokenizer(flags, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_offline(flags, tmp_path):
+    """A resumed run goes on under the same id, so that `wandb sync` puts both parts into one curve."""
     pytest.importorskip("wandb")
-    arguments = [ROOT / "trainer" / "train_pretrain.py", *flags(max_steps=2, use_wandb=True, out_dir=tmp_path / "out")]
-    result = finish(start(arguments, cwd=tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path)))
-    assert result.status == 0, result.err
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert final_state(tmp_path / "out")[1]["wandb_id"]
-    assert curve(metrics(tmp_path / "out"), "step") == [1, 2, 2]
+    script, out_dir = ROOT / "trainer" / "train_pretrain.py", tmp_path / "out"
+    own_folder = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    arguments = [script, *flags(max_steps=30, use_wandb=True, out_dir=out_dir, save_interval=1, val_interval=0)]
+    process = start(arguments, cwd=tmp_path, **own_folder)
+    wait_for_step(process, out_dir, 2)
+    process.kill()
+    finish(process)
+    (first,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    run_id = final_state(out_dir)[1]["wandb_id"]
+    assert first.stem == f"run-{run_id}"
+    result = finish(start([script, "--resume", "--out_dir", out_dir, "--device", "cpu"], cwd=tmp_path, **own_folder))
+    assert result.status == 0 and "resumed at update" in result.out, result.err
+    both = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(both) == 2 and {path.stem for path in both} == {first.stem}
+    assert curve(metrics(out_dir), "step") == [*range(1, 31), 30]
 
 
 def test_wandb_that_is_not_installed_is_one_line(flags, monkeypatch):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,10 +41,12 @@ from test_trainers import (  # noqa: F401 (fixtures)
     tiny_flags,
     train,
     tree,
+    wait_for_step,
     write_records,
 )
 
-from model.weights import load_model
+from dataset.lm_dataset import PretrainDataset
+from model.weights import load_model, load_tokenizer
 from trainer import checkpoint, train_pretrain
 
 # ruff: noqa: F811 (fixtures as arguments)
@@ -136,17 +137,6 @@ def test_a_second_interrupt_leaves_at_once(files, tmp_path, monkeypatch):
     assert final_state(tmp_path)[1]["progress"]["step"] == 5
 
 
-def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
-    path = run_folder(out_dir) / "metrics.jsonl"
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.is_file() and path.read_text(encoding="utf-8").count('"loss"') >= step:
-            return
-        time.sleep(0.002)
-    process.kill()
-    pytest.fail(f"no update {step}: {process.communicate()[1]}")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
 def test_a_killed_process_goes_on_bit_for_bit(files, reference, tmp_path):
@@ -177,27 +167,71 @@ def test_a_terminated_process_saves_and_goes_on_bit_for_bit(files, reference, tm
     assert_same_run(tmp_path / "out", reference.out_dir)
 
 
+# Started in the place of train_pretrain.py: writes down, for each rank, the tokens of each row that is trained on.
+COUNTING_TRAINER = """
+import json, os, sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+from trainer import train_pretrain, trainer_utils
+from trainer.command_line import run_script
+
+read_updates = trainer_utils.read_updates
+
+def counted(*arguments):
+    with open(Path({folder!r}) / ("rows_of_rank_" + os.environ.get("RANK", "0")), "a", encoding="utf-8") as f:
+        for update in read_updates(*arguments):
+            for micro in update[2]:
+                rows = zip(micro["input_ids"].tolist(), micro["documents"][:, 0].tolist())
+                f.writelines(json.dumps(row) + "\\n" for row, document in rows if document >= 0)
+            f.flush()
+            yield update
+
+trainer_utils.read_updates = counted
+run_script(train_pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_epoch(files, tmp_path_factory):
+    """A run of one process over one epoch."""
+    out_dir = tmp_path_factory.mktemp("whole")
+    assert train(train_pretrain, tiny_flags(files, out_dir, epochs=1, **ADAMW)).status == 0
+    return metrics(out_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
-def test_two_ranks_stop_on_a_signal_and_go_on_in_one_process(files, reference, tmp_path):
-    """torchrun hands the signal on; another number of ranks with the same rows per update continues the run."""
-    script = ROOT / "trainer" / "train_pretrain.py"
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", script]
-    two, one = tmp_path / "two", tmp_path / "one"
-    process = start([*launch, *tiny_flags(files, two, batch_size=2, **ADAMW)])
-    wait_for_step(process, two, 7)
+@pytest.mark.parametrize("then", [1, 4])
+def test_two_ranks_stop_on_a_signal_and_others_go_on(then, files, whole_epoch, tmp_path):
+    """torchrun hands the signal on; on one and on four ranks the run continues with the same rows per update. Every row
+    of the epoch is trained on once, and the curves are those of one process."""
+    out_dir, script = tmp_path / "out", tmp_path / "train_pretrain.py"
+    script.write_text(COUNTING_TRAINER.format(root=str(ROOT), folder=str(tmp_path)), encoding="utf-8")
+
+    def on_ranks(ranks: int, *arguments: object) -> subprocess.Popen:
+        return start(["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--standalone", script, *arguments])
+
+    process = on_ranks(2, *tiny_flags(files, out_dir, batch_size=2, epochs=1, **ADAMW))
+    wait_for_step(process, out_dir, 7)
     process.send_signal(signal.SIGTERM)
     assert finish(process).status != 0
-    progress = final_state(two)[1]["progress"]
-    assert progress["step"] == curve(metrics(two), "step")[-1] and not progress["finished"]
-    result = resume(two)  # 2 rows × 2 ranks before, 2 rows × 2 micro-batches now
-    assert "note: an update of this run holds 4 rows" in result.out
+    progress = final_state(out_dir)[1]["progress"]
+    assert progress["step"] == curve(metrics(out_dir), "step")[-1] and not progress["finished"]
+    result = finish(on_ranks(then, "--resume", "--out_dir", out_dir, "--device", "cpu"))
     assert result.status == 0 and f"resumed at update {progress['step']}," in result.out, result.err
-    assert train(train_pretrain, tiny_flags(files, one, **ADAMW)).status == 0
+    assert "note: an update of this run holds 4 rows" in result.out
+
+    rows = [json.loads(row) for path in tmp_path.glob("rows_of_rank_*") for row in path.read_text().splitlines()]
+    data = PretrainDataset(files.pretrain, load_tokenizer(), 64, val_ratio=0.05, cache_dir=files.cache)
+    assert len(list(tmp_path.glob("rows_of_rank_*"))) == max(2, then)
+    assert sorted(rows) == sorted(data[i]["input_ids"].tolist() for i in range(len(data)))
+
+    done = metrics(out_dir)
     for name in ("step", "tokens", "lr"):
-        assert curve(metrics(two), name) == curve(metrics(one), name)
+        assert curve(done, name) == curve(whole_epoch, name)
     for name in ("loss", "val_loss"):
-        assert curve(metrics(two), name) == pytest.approx(curve(metrics(one), name), rel=1e-4)
+        assert curve(done, name) == pytest.approx(curve(whole_epoch, name), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["float16", "experts", "dropout"])

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, query_blocks
 from trainer import zero
 from trainer.chunked_nll import PIECE, PIECE_ON_CPU
 from trainer.command_line import UserError
@@ -81,7 +81,8 @@ def kept_per_token(config: MiniMindConfig, seq_len: int, width: int, compiled: b
     if fused:
         scores = 4 * H + (0 if compiled else width * seq_len)  # a normaliser per head; the mask, one for all heads
     else:
-        scores = (4 + width * half) * H * seq_len + seq_len
+        keys = sum((end - start) * end for start, end in query_blocks(seq_len)) / seq_len  # of a query, on average
+        scores = (4 + width * half) * H * keys + keys  # and the mask
     if config.use_moe:
         slots = config.num_experts_per_tok
         inner = (slots + config.n_shared_experts) * inner + slots * 12 * D
@@ -154,10 +155,11 @@ class Plan:
         """
         config, device, seq_len = self.model.config, self.run.device, self.args.max_seq_len
         compiled, width, tokens = bool(self.args.compile), self.width, rows * seq_len
-        fused = config.flash_attn and not (device.type == "cpu" and seq_len <= 256)
+        fused = config.flash_attn and not (device.type == "cpu" and seq_len <= 1024)
         block, layers = tokens * kept_per_token(config, seq_len, width, compiled, fused), config.num_hidden_layers
         kept = block + layers * tokens * 4 * config.hidden_size if checkpointed else layers * block
         kept += tokens * (2 * 4 * config.hidden_size + 8 * config.head_dim)  # embeddings, last norm, rotary tables
+        kept += tokens * seq_len * (1 + width * (fused and compiled))  # the mask, of all blocks when compiled
         if width < 4:
             kept += width * sum(p.numel() for p in self.model.parameters() if p.ndim == 2)  # autocast's copies
 

@@ -166,6 +166,15 @@ def path_and_weight(rest: str) -> tuple[str, str, str]:
     return path, colon, weight
 
 
+def short_name(path: str, taken: Sequence[str]) -> str:
+    """How the log calls a reward model: by its file alone where no other of `taken` is called so.
+
+    `out/reward_512.pth` and `C:\\out\\reward_512.pth` → `model:reward_512`.
+    """
+    name = re.split(r"[\\/]", path.rstrip("\\/"))[-1].removesuffix(".pth")
+    return f"model:{path}" if not name or f"model:{name}" in taken else f"model:{name}"
+
+
 def whole_paths(words: Sequence[str]) -> list[str]:
     """The words after --rewards with whole paths of models, for a run that is resumed from another folder."""
     whole = []
@@ -192,7 +201,10 @@ def parse_rewards(
             path, colon, weight = path_and_weight(rest)
             if not path:
                 raise UserError(f"--rewards {word}: expected model:PATH, for example model:out/reward_512.pth:0.5.")
-            name, rate = f"model:{path}", LazyModel(path, device, load_model)
+            if Path(path) in model_paths(rewards):
+                raise UserError(f"--rewards names model:{path} twice; give it once, with the weight it should have.")
+            name = short_name(path, [other.name for other in rewards])
+            rate = LazyModel(path, device, load_model)
         elif name in RULES:
             weight, rate = rest, partial(one_by_one, RULES[name])
         else:

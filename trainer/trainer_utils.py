@@ -58,8 +58,9 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     data.add_argument("--max_seq_len", type=count, help="tokens per row; documents are packed into rows")
     data.add_argument("--val_ratio", type=amount, default=0.01, help="share of the records held out for validation")
     data.add_argument("--skip_bad_records", action=BoolFlag, default=False, help="count malformed lines, do not stop")
-    data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache")
-    data.add_argument("--num_workers", type=natural, help="processes that read rows; default 2 on CUDA but not Windows")
+    data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache (GRPO, PPO: none)")
+    workers = "processes that read rows; default 2 on CUDA but not Windows (GRPO, PPO: none)"
+    data.add_argument("--num_workers", type=natural, help=workers)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=count, help="passes over the data")
     rows = "rows per micro-batch on each device, for example 32; default fitted to the data, at most 32 (on a CPU 8)"
