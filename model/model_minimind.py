@@ -247,6 +247,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.dropout, self.flash = config.dropout, config.flash_attn
+        self.blocks = True  # scripts/bench_recipe.py turns it off for the reference
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
@@ -274,7 +275,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Trained on a CPU, rows of up to 1,024 tokens are faster without the fused kernel (trainer/LOG.md).
         short = self.training and x.device.type == "cpu" and T <= 1024 and cache is None and not looks_ahead
-        attend = attention_in_blocks if short else F.scaled_dot_product_attention
+        attend = attention_in_blocks if short and self.blocks else F.scaled_dot_product_attention
         attend = attend if self.flash else plain_attention
         # The memory-efficient CUDA kernel takes a mask but knows no GQA: with a mask, key/value heads are repeated.
         share_kv = mask is None and attend is F.scaled_dot_product_attention

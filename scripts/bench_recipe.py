@@ -160,6 +160,8 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
         raw_model = MiniMindForCausalLM(MiniMindConfig(**sizes, vocab_size=len(tokenizer))).to(run.device).train()
         if not recipe.our_start:
             torch_start(raw_model)
+    for block in raw_model.model.layers:
+        block.self_attn.blocks = recipe.plumbing
     optimizer = make_optimizer(raw_model, recipe.weight_decay, run.device, recipe.optimizer, run.dtype)
     nll, bytes_of = NLL[args.stage], token_bytes(tokenizer)
     compiles = recipe.plumbing and args.compile
