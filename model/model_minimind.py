@@ -262,7 +262,7 @@ class Attention(nn.Module):
         cache: Cache | None,
         looks_ahead: bool = False,
     ) -> Tensor:
-        """Args: mask as `attention_mask_4d`; looks_ahead: it may allow later tokens.  Shape: x (B, T, D) → (B, T, D)."""
+        """Args: mask as `attention_mask_4d`; looks_ahead: it may allow later tokens.  Shape: (B, T, D) → same."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, C)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, C)

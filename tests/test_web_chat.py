@@ -205,6 +205,17 @@ def test_a_question_is_answered_and_remembered():
     assert not chat.busy and chat.messages[-1].finish == "stop"
 
 
+def test_an_answer_remembers_whether_it_continues_its_question():
+    """So an old one is shown as it was, whatever model is chosen by then."""
+    chat, pretrained = Chat(), Script(" upon a time", "FAIL")
+    pretrained.continues_text = True
+    chat.send("Once", pretrained)
+    finish(chat).send("Hi", Script("Hello"))
+    finish(chat).send("Once", pretrained)
+    answers = [turn for turn in finish(chat).messages if turn.role == "assistant"]
+    assert [turn.continues for turn in answers] == [True, False, True]
+
+
 def test_regenerate_edit_delete_clear():
     chat, backend = Chat(), Script("one", "two", "three", "four")
     chat.send("a", backend)

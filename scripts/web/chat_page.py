@@ -291,7 +291,7 @@ def show_answer(chat: Chat, start: int, end: int, backend: LocalBackend | ApiBac
             st.caption(say("waiting"))
             return
         for i, turn in enumerate(turns):
-            begins = chat.messages[start].text if backend.continues_text else ""
+            begins = chat.messages[start].text if turn.continues else ""
             show_turn(turn, begins, f"{start}_{i}", say)
         if not turns[-1].finish:
             return

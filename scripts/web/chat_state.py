@@ -52,7 +52,8 @@ class Message:
     """A turn. role: user, assistant or tool; tool results stand in the calls of the assistant's turn as well.
 
     finish: "" while it is written, then stop, length, stopped (by the reader) or error. forgotten: old exchanges that
-    were left out of the prompt because they did not fit.
+    were left out of the prompt because they did not fit. continues: written by a pretrained model, the text of the question
+    goes on in it.
     """
 
     role: str
@@ -65,6 +66,7 @@ class Message:
     seconds: float = 0.0
     first_seconds: float = 0.0
     forgotten: int = 0
+    continues: bool = False
 
     @property
     def spoken(self) -> str:
@@ -244,7 +246,7 @@ class Job:
         with self.lock:
             if self.stopped:
                 return False
-            self._add(Message("assistant"))
+            self._add(Message("assistant", continues=self.backend.continues_text))
         tools = signatures() if self.settings.tools else None
         answer = self.backend.stream(turns, self.settings, tools)
         try:
@@ -255,6 +257,7 @@ class Job:
                         return False
                     if unwatched:
                         message.finish = "stopped"
+                    message.continues = self.backend.continues_text
                     self.chat.messages = [*self.chat.messages[:-1], message]
                 if unwatched:
                     return False
