@@ -52,7 +52,7 @@ class Message:
     """A turn. role: user, assistant or tool; tool results stand in the calls of the assistant's turn as well.
 
     finish: "" while it is written, then stop, length, stopped (by the reader) or error. forgotten: old exchanges that
-    were left out of the prompt because they did not fit. continues: a pretrained model wrote it, so that the text of the
+    were left out of the prompt because they did not fit. continues: a pretrained model wrote it: the text of the
     question goes on in it.
     """
 
