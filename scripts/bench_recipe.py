@@ -62,7 +62,7 @@ class Recipe:
     """What distinguishes one way of training from another. The defaults are the reference's."""
 
     packed: bool = False  # full rows of several records, or one padded record per row
-    plumbing: bool = False  # the trainers' arithmetic: best precision, compile where it pays, memory kept, short head
+    plumbing: bool = False  # the trainers' arithmetic: precision, compiler, memory kept, head and attention in pieces
     our_start: bool = False  # initialisation: 0.02 and scaled residual outputs, or what torch.nn.Linear does
     max_seq_len: int = 512
     batch_size: int | None = None  # None: the reference's in this stage
@@ -161,7 +161,7 @@ def train(recipe: Recipe, args: argparse.Namespace, seconds: float, seed: int) -
         if not recipe.our_start:
             torch_start(raw_model)
     for block in raw_model.model.layers:
-        block.self_attn.blocks = recipe.plumbing
+        block.self_attn.in_blocks = recipe.plumbing
     optimizer = make_optimizer(raw_model, recipe.weight_decay, run.device, recipe.optimizer, run.dtype)
     nll, bytes_of = NLL[args.stage], token_bytes(tokenizer)
     compiles = recipe.plumbing and args.compile

@@ -47,9 +47,13 @@ def saved_bytes(model, rows: int, seq_len: int, dtype: torch.dtype) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("seq_len, moe", [(1040, False), (320, False), (192, True)], ids=["fused", "blocks", "moe"])
-def test_what_a_block_keeps_is_what_autograd_saves(seq_len, moe, dtype):
-    rows, sizes = 3, {"use_moe": moe}
+@pytest.mark.parametrize(
+    "seq_len, sizes",
+    [(1040, {}), (320, {}), (192, {"use_moe": True}), (192, {"flash_attn": False})],
+    ids=["fused", "blocks", "moe", "plain"],
+)
+def test_what_a_block_keeps_is_what_autograd_saves(seq_len, sizes, dtype):
+    rows = 3
     blocks = [saved_bytes(small(layers, **sizes), rows, seq_len, dtype) for layers in (2, 3)]
     width = torch.finfo(dtype).bits // 8
     counted = memory.kept_per_token(small(1, **sizes).config, seq_len, width, compiled=False, fused=seq_len > 1024)
@@ -103,8 +107,9 @@ def peak_bytes(model, optimizer, rows: int, seq_len: int, micros: int) -> int:
         (8, 320, 2, "adamw", False),
         (8, 320, 1, "muon", True),
         (1, 64, 1, "muon", False),
+        (2, 1040, 1, "adamw", False),
     ],
-    ids=["way-back", "accumulation", "checkpointed", "the-step"],
+    ids=["way-back", "accumulation", "checkpointed", "the-step", "fused"],
 )
 def test_the_need_is_the_measured_peak(rows, seq_len, micros, optimizer, checkpointed, monkeypatch):
     monkeypatch.setattr(memory, "HEAP", 1.0)  # living tensors are counted here, not the process
@@ -118,6 +123,28 @@ def test_the_need_is_the_measured_peak(rows, seq_len, micros, optimizer, checkpo
         utils.checkpoint_activations(model)
     assert need.total == pytest.approx(peak_bytes(model, chosen, rows, seq_len, micros), rel=0.15)
     assert (need.activations > 0) == (seq_len > 64)
+
+
+def test_the_mask_of_long_rows_counts_once_for_all_layers(monkeypatch):
+    """It alone grows with the square of the length where attention is fused and compiled: a byte and a float each."""
+    monkeypatch.setattr(memory, "HEAP", 1.0)
+    model, run = small(4), utils.Run("cpu", "float32", seed=0)
+    chosen = make_optimizer(model, 0.1, run.device, "adamw")
+    kept = {}
+    for seq_len in (2048, 4096):
+        plan = memory.Plan(model, chosen, run, settings(1, seq_len, compile=True), held=0)
+        kept[seq_len] = plan.need(1, False, False).activations
+    assert kept[4096] - 2 * kept[2048] == pytest.approx((4096**2 - 2 * 2048**2) * (1 + 4), rel=1e-6)
+
+
+def test_attention_written_out_keeps_all_scores():
+    config = small(1, flash_attn=False).config
+    heads, T = config.num_attention_heads, 1024
+    blocks, whole = (
+        memory.kept_per_token(small(1, flash_attn=flash).config, T, 4, compiled=False, fused=False)
+        for flash in (True, False)
+    )
+    assert whole - blocks == pytest.approx(0.375 * T * (4 * heads + 1))
 
 
 def advised(monkeypatch, there: float = 2**40, **more) -> str:

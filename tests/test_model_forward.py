@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from model import model_minimind
 from model.model_minimind import IGNORE, MiniMindConfig, MiniMindForCausalLM, attention_mask_4d, rotary_tables
+from trainer.trainer_utils import checkpoint_activations
 
 # Cache, padding, packing: every way to feed a sequence gives the logits of the plain one
 
@@ -183,7 +184,7 @@ def test_future_tokens_change_nothing():
 
 
 @pytest.mark.parametrize("T", [300, 1024, 1030], ids=["ragged", "longest", "fused"])
-@pytest.mark.parametrize("how", ["causal", "packed", "padded"])
+@pytest.mark.parametrize("how", ["causal", "packed", "padded", "checkpointed"])
 def test_training_on_a_cpu_equals_the_fused_kernel(T, how, monkeypatch):
     """Rows that are trained on in blocks of queries: logits and gradients of torch's kernel, which eval mode uses."""
     taken = []
@@ -195,6 +196,8 @@ def test_training_on_a_cpu_equals_the_fused_kernel(T, how, monkeypatch):
     if how == "padded":
         given["attention_mask"] = torch.stack([torch.arange(T) >= 40, torch.arange(T) < T]).long()
     trained, oracle = tiny().train(), tiny()
+    if how == "checkpointed":
+        checkpoint_activations(trained)
     logits = []
     for model in (trained, oracle):
         out = model(x, **given).logits[:, -T + 40 :]  # behind the padding
@@ -209,7 +212,11 @@ def test_a_mask_from_elsewhere_may_look_ahead():
     """In training, too: a later token that a ready-made mask shows is not cut off with the block of its query."""
     x = ids(1, 300)
     everything = torch.ones(1, 1, 300, 300, dtype=torch.bool)
-    close(tiny().train()(x, attention_mask=everything).logits, tiny()(x, attention_mask=everything).logits)
+    expected = tiny()(x, attention_mask=everything).logits
+    model = tiny().train()
+    close(model(x, attention_mask=everything).logits, expected)
+    checkpoint_activations(model)
+    close(model(x, attention_mask=everything).logits, expected)
 
 
 def test_flash_equals_plain_for_ready_made_masks():
@@ -344,12 +351,12 @@ def test_dropout_only_in_training():
 
 
 def test_short_and_long_rows_in_training_agree():
-    """Rows of up to 256 tokens take another attention path on a CPU; a causal model must not notice."""
-    model, x = tiny().train(), ids(1, 257)
-    documents = (torch.arange(257) // 100)[None]
-    close(model(x).logits[:, :256], model(x[:, :256]).logits)
-    packed = model(x, documents=documents).logits[:, :256]
-    close(packed, model(x[:, :256], documents=documents[:, :256]).logits)
+    """Rows of up to 1,024 tokens take another attention path on a CPU; a causal model must not notice."""
+    model, x = tiny().train(), ids(1, 1025)
+    documents = (torch.arange(1025) // 100)[None]
+    close(model(x).logits[:, :1024], model(x[:, :1024]).logits)
+    packed = model(x, documents=documents).logits[:, :1024]
+    close(packed, model(x[:, :1024], documents=documents[:, :1024]).logits)
 
 
 def test_dropout_on_embedding_attention_and_feed_forward():
@@ -375,9 +382,9 @@ def test_dropout_keeps_the_mean(flash):
     x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     rotary = rotary_tables(MiniMindConfig(**TINY), torch.arange(5)[None])
     with torch.no_grad():
-        expected = attention(x, rotary, None, None)
+        expected = attention(x, rotary, None, None, False)
         attention.train()
-        many = attention(x.expand(8000, -1, -1), rotary, None, None)
+        many = attention(x.expand(8000, -1, -1), rotary, None, None, False)
     deviation = (many.mean(0) - expected[0]).abs().max()
     assert deviation < 6 * many.std(0).max() / math.sqrt(8000)
     assert many.std() > 0.1 * expected.std()
@@ -458,10 +465,11 @@ def test_dense_compiles_without_graph_breaks(backend):
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     x, documents, positions = packed([6, 8], 16)
-    cases = [{"documents": documents, "position_ids": positions}]
+    cases = [(x, {"documents": documents, "position_ids": positions})]
     if backend == "aot_eager":
-        cases += [{}, {"attention_mask": (documents >= 0).long()}]
-    for extra in cases:
+        cases += [(x, {}), (x, {"attention_mask": (documents >= 0).long()})]
+        cases += [(ids(1, 300), {"documents": torch.arange(300)[None] // 80})]  # attention in three blocks
+    for x, extra in cases:
         eager.zero_grad()
         model.zero_grad()
         expected, out = eager(x, labels=x, **extra), compiled(x, labels=x, **extra)

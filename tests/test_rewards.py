@@ -326,7 +326,7 @@ def test_words_of_the_command_line(word, name, weight, path):
 
 def test_two_reward_models_of_one_file_name_are_told_apart():
     first, second = parse_rewards(["model:a/r.pth", "model:b/r.pth"])
-    assert (first.name, second.name) == ("model:r", "model:b/r.pth")
+    assert (first.name, second.name) == ("model:a/r.pth", "model:b/r.pth")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_two_reward_models_of_one_file_name_are_told_apart():
         (["answer:nan"], r"the weight: got 'nan'"),
         (["answer:inf"], r"the weight: got 'inf'"),
         (["length:-1"], r"the weight: got '-1', expected a number from 0"),
-        (["model:r.pth:nan"], r"the weight: got 'nan'"),
+        (["model:r.pth:nan"], r"the weight: got 'nan'.* as in model:r\.pth:0\.5"),
         (["model:a:b.pth"], r"the weight: got 'b.pth'.*give the weight too: model:a:b.pth:1"),
         (["model"], r"expected model:PATH"),
         (["model:"], r"expected model:PATH"),

@@ -500,7 +500,7 @@ def test_wandb_offline(flags, tmp_path):
     pytest.importorskip("wandb")
     script, out_dir = ROOT / "trainer" / "train_pretrain.py", tmp_path / "out"
     own_folder = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    arguments = [script, *flags(max_steps=30, use_wandb=True, out_dir=out_dir, save_interval=1, val_interval=0)]
+    arguments = [script, *flags(max_steps=60, use_wandb=True, out_dir=out_dir, save_interval=1, val_interval=0)]
     process = start(arguments, cwd=tmp_path, **own_folder)
     wait_for_step(process, out_dir, 2)
     process.kill()
@@ -512,7 +512,7 @@ def test_wandb_offline(flags, tmp_path):
     assert result.status == 0 and "resumed at update" in result.out, result.err
     both = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(both) == 2 and {path.stem for path in both} == {first.stem}
-    assert curve(metrics(out_dir), "step") == [*range(1, 31), 30]
+    assert curve(metrics(out_dir), "step") == [*range(1, 61), 60]
 
 
 def test_wandb_that_is_not_installed_is_one_line(flags, monkeypatch):

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from model.model_minimind import MiniMindConfig, query_blocks
+from model.model_minimind import LONGEST_IN_BLOCKS, MiniMindConfig, query_blocks
 from trainer import zero
 from trainer.chunked_nll import PIECE, PIECE_ON_CPU
 from trainer.command_line import UserError
@@ -66,7 +66,7 @@ def kept_per_token(config: MiniMindConfig, seq_len: int, width: int, compiled: b
     """Bytes that one block keeps of each token for the way back.
 
     Args: width: bytes of the products' dtype, 4 or 2; compiled: element-wise steps are computed again on the way back;
-    fused: attention keeps one number per query and head instead of all its scores.
+    fused: attention keeps one number per query and head instead of its scores.
 
     D hidden, F inner size: the norms keep their input and, not compiled, what they make of it, in float32; the rest is
     inputs of matrix products (autocast copies one for each product that reads it), queries, keys and values repeated
@@ -81,7 +81,8 @@ def kept_per_token(config: MiniMindConfig, seq_len: int, width: int, compiled: b
     if fused:
         scores = 4 * H + (0 if compiled else width * seq_len)  # a normaliser per head; the mask, one for all heads
     else:
-        keys = sum((end - start) * end for start, end in query_blocks(seq_len)) / seq_len  # of a query, on average
+        blocks = query_blocks(seq_len) if config.flash_attn else [(0, seq_len)]
+        keys = sum((end - start) * end for start, end in blocks) / seq_len  # that a query has scores with, on average
         scores = (4 + width * half) * H * keys + keys  # and the mask
     if config.use_moe:
         slots = config.num_experts_per_tok
@@ -155,11 +156,12 @@ class Plan:
         """
         config, device, seq_len = self.model.config, self.run.device, self.args.max_seq_len
         compiled, width, tokens = bool(self.args.compile), self.width, rows * seq_len
-        fused = config.flash_attn and not (device.type == "cpu" and seq_len <= 1024)
+        fused = config.flash_attn and not (device.type == "cpu" and seq_len <= LONGEST_IN_BLOCKS)
         block, layers = tokens * kept_per_token(config, seq_len, width, compiled, fused), config.num_hidden_layers
         kept = block + layers * tokens * 4 * config.hidden_size if checkpointed else layers * block
         kept += tokens * (2 * 4 * config.hidden_size + 8 * config.head_dim)  # embeddings, last norm, rotary tables
-        kept += tokens * seq_len * (1 + width * (fused and compiled))  # the mask, of all blocks when compiled
+        kept += tokens * seq_len  # the mask of packed rows, once for all layers
+        kept += tokens * seq_len * width * (fused and compiled)  # and in the form that the kernel takes
         if width < 4:
             kept += width * sum(p.numel() for p in self.model.parameters() if p.ndim == 2)  # autocast's copies
 

@@ -28,8 +28,9 @@ import argparse
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
@@ -166,13 +167,11 @@ def path_and_weight(rest: str) -> tuple[str, str, str]:
     return path, colon, weight
 
 
-def short_name(path: str, taken: Sequence[str]) -> str:
-    """How the log calls a reward model: by its file alone where no other of `taken` is called so.
-
-    `out/reward_512.pth` and `C:\\out\\reward_512.pth` → `model:reward_512`.
-    """
-    name = re.split(r"[\\/]", path.rstrip("\\/"))[-1].removesuffix(".pth")
-    return f"model:{path}" if not name or f"model:{name}" in taken else f"model:{name}"
+def short_name(reward: Reward) -> str:
+    """Of a model the file alone: `out/reward_512.pth`, `C:\\out\\reward_512.pth` → `model:reward_512`."""
+    if not isinstance(reward.rate, LazyModel):
+        return reward.name
+    return "model:" + re.split(r"[\\/]", reward.rate.path.rstrip("\\/"))[-1].removesuffix(".pth")
 
 
 def whole_paths(words: Sequence[str]) -> list[str]:
@@ -201,10 +200,7 @@ def parse_rewards(
             path, colon, weight = path_and_weight(rest)
             if not path:
                 raise UserError(f"--rewards {word}: expected model:PATH, for example model:out/reward_512.pth:0.5.")
-            if Path(path) in model_paths(rewards):
-                raise UserError(f"--rewards names model:{path} twice; give it once, with the weight it should have.")
-            name = short_name(path, [other.name for other in rewards])
-            rate = LazyModel(path, device, load_model)
+            name, rate = f"model:{path}", LazyModel(path, device, load_model)
         elif name in RULES:
             weight, rate = rest, partial(one_by_one, RULES[name])
         else:
@@ -219,7 +215,8 @@ def parse_rewards(
         rewards.append(Reward(name, value, rate))
     if not any(reward.weight for reward in rewards):
         raise UserError("--rewards needs a reward with a weight above 0, for example --rewards answer format:0.2.")
-    return rewards
+    short = Counter(map(short_name, rewards))  # files of one name keep their paths
+    return [replace(r, name=short_name(r)) if short[short_name(r)] == 1 else r for r in rewards]
 
 
 def check_rewards(rewards: Sequence[Reward], records: Iterable[dict]) -> None:

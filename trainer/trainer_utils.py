@@ -58,8 +58,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, **defaults: object) -> Non
     data.add_argument("--max_seq_len", type=count, help="tokens per row; documents are packed into rows")
     data.add_argument("--val_ratio", type=amount, default=0.01, help="share of the records held out for validation")
     data.add_argument("--skip_bad_records", action=BoolFlag, default=False, help="count malformed lines, do not stop")
-    data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache (GRPO, PPO: none)")
-    workers = "processes that read rows; default 2 on CUDA but not Windows (GRPO, PPO: none)"
+    data.add_argument("--cache_dir", help="where tokenised files are kept; default dataset/.cache; not in GRPO and PPO")
+    workers = "processes that read rows; default 2 on CUDA but not Windows; not in GRPO and PPO"
     data.add_argument("--num_workers", type=natural, help=workers)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=count, help="passes over the data")
@@ -257,7 +257,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> bool:
-    """Whether compiling can work here, and is worth a minute or less. A loop over experts would recompile for ever.
+    """Whether compiling can work here, and is worth a minute. A loop over experts would recompile for ever.
 
     On a CPU it brings a factor of 1.2 to 1.5 in bfloat16 and next to nothing in float32 (README.md, training speed).
     """
