@@ -268,7 +268,7 @@ def compile_pays(run: Run, planned_tokens: int, loops_over_experts: bool) -> boo
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h")  # a package of its own on Debian: python3-dev
     possible = run.device.type == "cpu" and compiler and headers.is_file()
-    return bool(possible and run.dtype == torch.bfloat16 and planned_tokens >= 1_000_000)
+    return bool(possible and run.dtype == torch.bfloat16 and planned_tokens >= 1_500_000)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
