@@ -500,8 +500,8 @@ def test_wandb_offline(flags, tmp_path):
     pytest.importorskip("wandb")
     script, out_dir = ROOT / "trainer" / "train_pretrain.py", tmp_path / "out"
     own_folder = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    arguments = [script, *flags(max_steps=60, use_wandb=True, out_dir=out_dir, save_interval=1, val_interval=0)]
-    process = start(arguments, cwd=tmp_path, **own_folder)
+    more = {"epochs": 9, "max_steps": 60, "save_interval": 1, "val_interval": 0}
+    process = start([script, *flags(use_wandb=True, out_dir=out_dir, **more)], cwd=tmp_path, **own_folder)
     wait_for_step(process, out_dir, 2)
     process.kill()
     finish(process)
