@@ -12,6 +12,7 @@ and a JSON are kept in out/stages, with one picture per stage. What is finished 
 
 import argparse
 import json
+import random
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from dataset.lm_dataset import SFTDataset, token_bytes
 from dataset.make_demo_data import generate, is_polite_and_short, is_right
 from model.files import atomic_open
 from model.generation import Decoder, Sampling, stop_ids
@@ -37,6 +39,7 @@ from trainer.checkpoint import sha256_of
 from trainer.command_line import UserError, check_writable, run_script
 from trainer.rewards import format as well_formed
 from trainer.run_log import read_metrics
+from trainer.train_full_sft import summed_nll
 
 DEMO = generate(ROOT / "dataset" / "demo")
 SHARED = "--device cpu --batch_size 8 --accumulation_steps 1 --log_interval 20".split()
@@ -113,6 +116,20 @@ class Bench:
         return rows
 
 
+    def answer_loss(self, weights: Path) -> float:
+        """Nats per token of the right answers to the demo test questions."""
+        path = self.out / "test_answers.jsonl"
+        rows = [
+            [*question["conversations"], {"role": "assistant", "content": question["answer"]}]
+            for question in read_questions(DEMO["test"])
+        ]
+        with atomic_open(path, "w") as f:
+            f.writelines(json.dumps({"conversations": row}, ensure_ascii=False) + "\n" for row in rows)
+        data = SFTDataset(path, self.tokenizer, 128, "all", cache_dir=self.out / "cache", show_progress=False)
+        run, bytes_of = utils.Run("cpu", "float32", seed=0), token_bytes(self.tokenizer)
+        return utils.validate(load_model(weights), data, summed_nll, run, 8, len(data), bytes_of)["val_loss"]
+
+
 def share(rows: list[dict], test: Callable[[dict], bool] = lambda row: row["right"]) -> dict:
     """{"share", "interval95", "total"} of the rows that pass."""
     passed = sum(bool(test(row)) for row in rows)
@@ -165,19 +182,38 @@ def show_dpo(bench: Bench) -> None:
     bench.results["dpo"] = figures
 
 
+def partly_wrong(folder: Path) -> Path:
+    """The SFT conversations with three answers in ten replaced by another of the file: labels that nobody has checked."""
+    rows = [json.loads(line) for line in DEMO["sft"].read_text(encoding="utf-8").splitlines()]
+    answers = [turn for row in rows for turn in row["conversations"] if turn["role"] == "assistant"]
+    others, draw = [turn["content"] for turn in answers], random.Random(0)
+    for turn in answers:
+        if draw.random() < 0.3:
+            turn["content"] = draw.choice(others)
+    path = folder / "partly_wrong_sft.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path, "w") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
 def show_distillation(bench: Bench) -> None:
-    """A student of a quarter of the size: KL to the teacher against hard labels, same rows, same number of updates."""
+    """A student of a quarter of the size: KL to the teacher against hard labels, same rows, same number of updates.
+
+    The rows are `partly_wrong`: where each label is right and has one answer only, the teacher knows no more than it.
+    """
     figures: dict = {}
+    data = partly_wrong(bench.out)
     for seed in SEEDS:
         for kind, alpha in (("kl", 0.0), ("hard", 1.0)):
             folder = f"distillation/{kind}_{seed}"
             out = bench.train(
-                "train_distillation.py", folder, "--teacher", bench.base, "--data_path", DEMO["sft"], "--alpha", alpha,
+                "train_distillation.py", folder, "--teacher", bench.base, "--data_path", data, "--alpha", alpha,
                 "--seed", seed, *DISTILL,
             )  # fmt: skip
             student = next(out.glob("full_dist_*.pth"))
             figures[f"{kind} {seed}"] = {
-                "loss": last_metric(out / "runs" / student.stem, "val_loss"),
+                "loss": bench.answer_loss(student),
                 **share(bench.ask(student, "test")),
             }
     sizes = [sum(p.numel() for p in load_model(path).parameters()) for path in (student, bench.base)]
