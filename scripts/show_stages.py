@@ -183,7 +183,7 @@ def show_dpo(bench: Bench) -> None:
 
 
 def partly_wrong(folder: Path) -> Path:
-    """The SFT conversations with three answers in ten replaced by another of the file: labels that nobody has checked."""
+    """The SFT conversations, three answers in ten replaced by another of the file: labels that nobody has checked."""
     rows = [json.loads(line) for line in DEMO["sft"].read_text(encoding="utf-8").splitlines()]
     answers = [turn for row in rows for turn in row["conversations"] if turn["role"] == "assistant"]
     others, draw = [turn["content"] for turn in answers], random.Random(0)
