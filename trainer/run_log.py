@@ -128,8 +128,8 @@ class RunLog:
             + (batch or f"{args.batch_size} rows × {args.accumulation_steps} micro-batches")
             + ranks
             + ("" if batch else f" = {rows} rows, {rows * args.max_seq_len:,} tokens per update"),
-            f"plan    {args.total_steps} updates in {args.epochs} epochs, learning rate {args.learning_rate:g} after "
-            f"{args.warmup_iters} updates of warm-up",
+            f"plan    {args.total_steps} updates in {args.epochs} epoch{'s' * (args.epochs > 1)}, "
+            f"learning rate {args.learning_rate:g} after {args.warmup_iters} updates of warm-up",
             f"machine {run.device}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if args.compile else 'off'}",
             f"memory  {run.memory_note}",
             f"output  {self.folder}",
