@@ -115,7 +115,6 @@ class Bench:
             row |= {"reply": reply, "said": said, "right": is_right(said, row), "ended": ended}
         return rows
 
-
     def answer_loss(self, weights: Path) -> float:
         """Nats per token of the right answers to the demo test questions."""
         path = self.out / "test_answers.jsonl"
