@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 # On a CPU the peak is that of the process: the first update loads more of the libraries, and beside living tensors the
-# heap of the C library holds freed pieces that fit nothing. Both fitted to measured peaks, scripts/bench_train.py.
-LOADED, HEAP = 0.1 * GIB, 1.25
+# heap of the C library holds freed pieces that fit nothing. The compiler leaves some behind for each layer. All three
+# fitted to measured peaks, scripts/bench_train.py.
+LOADED, HEAP, COMPILER = 0.1 * GIB, 1.25, 0.015 * GIB
 # Where Linux tells a process the limit of its control group, in the newer and the older version.
 CONTAINER = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 
@@ -176,7 +177,7 @@ class Plan:
             parts = state, gradients, 0.0, step - gradients
         else:
             parts = state, back - kept - head, kept, head
-        loaded, spread = (LOADED, HEAP) if device.type == "cpu" else (0.0, 1.0)
+        loaded, spread = (LOADED + COMPILER * layers * compiled, HEAP) if device.type == "cpu" else (0.0, 1.0)
         return Need(self.held + loaded + weights, *(spread * part for part in parts))
 
     @property
