@@ -313,7 +313,7 @@ def plain_attention(
     return F.dropout(scores.softmax(-1), dropout_p).to(v.dtype) @ v
 
 
-LONGEST_IN_BLOCKS = 1024  # tokens; the scores of longer rows take too much memory
+LONGEST_IN_BLOCKS = 1024  # tokens; longer rows gain little, and their scores take much memory
 
 
 def query_blocks(T: int) -> list[tuple[int, int]]:

@@ -6,9 +6,10 @@ for P weights, L layers of width D, rows of T tokens, n tokens in the update:
     seconds ≈ a · 6·P·n  +  b · 6·L·D·T·n  +  c · L·D·n  +  d · P                                          (1)
               products      attention         all else      optimiser
 
-with a, b, c, d ≥ 0 of least squared relative error: 1/a and 1/b are FLOP/s. Attention in blocks, which short rows on a
-CPU have and which is several times as fast, counts as all else. From an MFU measured on a GPU follow paper
-estimates for other cards: the same share of their published peak, several cards without loss.
+with a, b, c, d ≥ 0 of least squared relative error: 1/a and 1/b are FLOP/s. The attention is the fused kernel's: short
+rows on a CPU, which calculate it in blocks twice as fast, have none, and what it takes them falls to the other terms.
+From an MFU measured on a GPU follow paper estimates for other cards: the same share of their published peak, several
+cards without loss.
 
     python scripts/bench_train.py --sizes 256x4 512x8 768x16 --batch_sizes 8 --json sizes.json
     python scripts/bench_train.py --sizes 512x8 --seq_lens 512 2048 8192 --batch_sizes 2 --json lengths.json
@@ -68,7 +69,7 @@ def features(row: dict) -> list[float]:
     """The four amounts of equation (1)."""
     config = read_size(row["size"])
     n, width = row["batch_size"] * row["seq_len"], config.num_hidden_layers * config.hidden_size
-    in_blocks = row.get("device") == "cpu" and row["seq_len"] <= LONGEST_IN_BLOCKS
+    in_blocks = row.get("machine", "").startswith("cpu") and row["seq_len"] <= LONGEST_IN_BLOCKS
     attention = 0 if in_blocks else 6 * width * row["seq_len"] * n
     return [6 * row["parameters"] * n, attention, width * n, row["parameters"]]
 

@@ -117,16 +117,25 @@ class Bench:
 
     def answer_loss(self, weights: Path) -> float:
         """Nats per token of the right answers to the demo test questions."""
-        path = self.out / "test_answers.jsonl"
         rows = [
-            [*question["conversations"], {"role": "assistant", "content": question["answer"]}]
+            {"conversations": [*question["conversations"], {"role": "assistant", "content": question["answer"]}]}
             for question in read_questions(DEMO["test"])
         ]
-        with atomic_open(path, "w") as f:
-            f.writelines(json.dumps({"conversations": row}, ensure_ascii=False) + "\n" for row in rows)
+        path = write_records(self.out / "test_answers.jsonl", rows)
         data = SFTDataset(path, self.tokenizer, 128, "all", cache_dir=self.out / "cache", show_progress=False)
         run, bytes_of = utils.Run("cpu", "float32", seed=0), token_bytes(self.tokenizer)
         return utils.validate(load_model(weights), data, summed_nll, run, 8, len(data), bytes_of)["val_loss"]
+
+
+def read_records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_records(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path, "w") as f:
+        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
 
 
 def share(rows: list[dict], test: Callable[[dict], bool] = lambda row: row["right"]) -> dict:
@@ -183,17 +192,13 @@ def show_dpo(bench: Bench) -> None:
 
 def partly_wrong(folder: Path) -> Path:
     """The SFT conversations, three answers in ten replaced by another of the file: labels that nobody has checked."""
-    rows = [json.loads(line) for line in DEMO["sft"].read_text(encoding="utf-8").splitlines()]
+    rows = read_records(DEMO["sft"])
     answers = [turn for row in rows for turn in row["conversations"] if turn["role"] == "assistant"]
     others, draw = [turn["content"] for turn in answers], random.Random(0)
     for turn in answers:
         if draw.random() < 0.3:
             turn["content"] = draw.choice(others)
-    path = folder / "partly_wrong_sft.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_open(path, "w") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return path
+    return write_records(folder / "partly_wrong_sft.jsonl", rows)
 
 
 def show_distillation(bench: Bench) -> None:
@@ -211,7 +216,7 @@ def show_distillation(bench: Bench) -> None:
                 "--seed", seed, *DISTILL,
             )  # fmt: skip
             student = next(out.glob("full_dist_*.pth"))
-            figures[f"{kind} {seed}"] = {
+            figures[f"{'KL' if kind == 'kl' else 'hard labels'}, seed {seed}"] = {
                 "loss": bench.answer_loss(student),
                 **share(bench.ask(student, "test")),
             }

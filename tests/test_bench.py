@@ -342,6 +342,14 @@ def test_scaling_finds_the_terms_that_the_figures_were_made_of(monkeypatch, caps
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_short_rows_on_a_cpu_have_no_fused_attention():
+    """Whether or not bench_train.py was told the device."""
+    row = {"size": "64x1", "parameters": 1000, "batch_size": 1, "seq_len": 1024, "machine": "cpu (x86_64)"}
+    assert plot_scaling.features(row)[1] == 0
+    assert plot_scaling.features(row | {"seq_len": 2048})[1] == 6 * 64 * 2048**2
+    assert plot_scaling.features(row | {"machine": "NVIDIA Test"})[1] == 6 * 64 * 1024**2
+
+
 def test_a_term_that_would_be_negative_is_left_out():
     same = {"size": "64x1", "parameters": 1000, "batch_size": 1}
     rows = [{**same, "seq_len": T, "seconds_per_update": 1e-3 * T**0.5} for T in (64, 128, 256, 512, 1024)]

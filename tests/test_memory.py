@@ -133,7 +133,9 @@ def test_the_mask_of_long_rows_counts_once_for_all_layers(monkeypatch):
     kept = {}
     for seq_len in (2048, 4096):
         plan = memory.Plan(model, chosen, run, settings(1, seq_len, compile=True), held=0)
-        kept[seq_len] = plan.need(1, False, False).activations
+        need = plan.need(1, False, False)
+        assert need.held == memory.LOADED + 4 * memory.COMPILER  # of four layers
+        kept[seq_len] = need.activations
     assert kept[4096] - 2 * kept[2048] == pytest.approx((4096**2 - 2 * 2048**2) * (1 + 4), rel=1e-6)
 
 

@@ -18,6 +18,16 @@ def test_half_of_the_sums_and_every_sorting_are_learnt(tmp_path):
     assert len({json.dumps(row) for row in rows} - {json.dumps(json.loads(line)) for line in source}) == 0
 
 
+def test_three_answers_in_ten_are_swapped_and_nothing_else(tmp_path):
+    rows, source = (show_stages.read_records(p) for p in (show_stages.partly_wrong(tmp_path), show_stages.DEMO["sft"]))
+    turns, whole = ([turn for row in part for turn in row["conversations"]] for part in (rows, source))
+    assert len(rows) == len(source) and [t["role"] for t in turns] == [t["role"] for t in whole]
+    assert all(a == b for a, b in zip(turns, whole, strict=True) if a["role"] != "assistant")
+    pairs = [(a["content"], b["content"]) for a, b in zip(turns, whole, strict=True) if a["role"] == "assistant"]
+    assert sum(a != b for a, b in pairs) / len(pairs) == pytest.approx(0.3, abs=0.02)  # some drew themselves
+    assert {a for a, _ in pairs} <= {b for _, b in pairs}
+
+
 def test_shares_and_their_table():
     rows = [{"right": True}] * 3 + [{"right": False}]
     figure = show_stages.share(rows)
